@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -124,17 +125,20 @@ class Args:
         for name, value in vars(self).items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            zero_allowed = name in ("gamma", "gae_lambda", "ent_coef", "vf_coef", "seed")
-            limit = 1 if name in ("gamma", "gae_lambda") else 2**32 - 1
-            if not (0 < value <= limit or (value == 0 and zero_allowed)):
-                least = "at least 0" if zero_allowed else "more than 0"
-                raise UsageError(f"--{name.replace('_', '-')} must be {least} and at most {limit}, not {value}")
+            if name in ("gamma", "gae_lambda"):
+                good, rule = 0 <= value <= 1, "between 0 and 1"
+            elif name in ("ent_coef", "vf_coef", "seed"):
+                good, rule = 0 <= value < 2**32, "0 or more, and below 2**32"
+            else:
+                good, rule = 0 < value < math.inf, "above 0, and finite"
+            if not good:
+                raise UsageError(f"--{name.replace('_', '-')} must be {rule}, not {value}")
         if self.batch_size % self.num_minibatches:
-            divisors = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
-            nearest = min(divisors, key=lambda n: abs(n - self.num_minibatches))
-            samples = f"{self.num_envs} environments x {self.num_steps} steps = {self.batch_size} samples"
-            wrong = f"do not split evenly into {self.num_minibatches} minibatches"
-            raise UsageError(f"{samples} {wrong}; --num-minibatches {nearest} would work")
+            samples, asked = self.batch_size, min(self.num_minibatches, self.batch_size)
+            near = (n for distance in range(asked) for n in (asked - distance, asked + distance))
+            works = next(n for n in near if samples % n == 0 and (samples > n or not self.norm_adv))
+            split = f"{self.num_envs} environments x {self.num_steps} steps = {samples} samples do not split evenly"
+            raise UsageError(f"{split} into {self.num_minibatches} minibatches; --num-minibatches {works} would work")
         if self.norm_adv and self.minibatch_size == 1:
             raise UsageError("a minibatch of one sample cannot be normalized: fewer minibatches, or --no-norm-adv")
         for text in self.env_kwargs:
@@ -147,8 +151,10 @@ class Args:
 # ---------------------------------------------------------------------------------- environments
 
 
-def make_envs(args: Args, num_envs: int, video_dir: Path | None = None, video_name: str = "") -> gym.vector.VectorEnv:
-    """Make `num_envs` copies of the environment, stepped together (detail 1); film the first if asked.
+def make_envs(args: Args, num_envs: int, video: dict | None = None) -> gym.vector.VectorEnv:
+    """Make `num_envs` copies of the environment, stepped together (detail 1).
+
+    `video`, if given, holds gymnasium's RecordVideo arguments, and the first copy is filmed.
 
     Observations that are not vectors are flattened by gymnasium (a Discrete one becomes one-hot).
     Autoreset is off: the caller sees each episode's true last observation and resets what has ended.
@@ -164,13 +170,14 @@ def make_envs(args: Args, num_envs: int, video_dir: Path | None = None, video_na
     def make_env(index: int) -> gym.Env:
         if multiprocessing.parent_process():  # with --async-envs, Ctrl-C is for the main process alone
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        film = video_dir is not None and index == 0
+        film = video is not None and index == 0
         try:
             env = gym.make(args.env_id, **env_kwargs, **({"render_mode": "rgb_array"} if film else {}))
         except Exception as error:
             if not (env_kwargs or isinstance(error, gym.error.Error | ImportError)):
                 raise  # a bug in the environment: its author needs the traceback
-            raise UsageError(f"cannot make {args.env_id}: {' '.join(str(error).split())}") from error
+            hint = "; for Atari games use ppo_atari.py" if "ALE/" in args.env_id else ""
+            raise UsageError(f"cannot make {args.env_id}: {' '.join(str(error).split())}{hint}") from error
 
         if isinstance(env.action_space, Box):
             raise UsageError(f"{args.env_id} has continuous actions: use ppo_continuous_action.py")
@@ -188,7 +195,9 @@ def make_envs(args: Args, num_envs: int, video_dir: Path | None = None, video_na
         if film:
             if env.render_mode != "rgb_array":
                 raise UsageError(f"{args.env_id} cannot be filmed: it does not render to rgb_array")
-            env = gym.wrappers.RecordVideo(env, str(video_dir), name_prefix=video_name)
+            os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame needs no display then
+            warnings.filterwarnings("ignore", ".*Overwriting existing videos")  # the names differ
+            env = gym.wrappers.RecordVideo(env, **video)
         return env
 
     vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
@@ -306,19 +315,29 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
         tqdm.write(f"warning: checkpoint not saved, training goes on: {error}", file=sys.stderr)
 
 
-def load_checkpoint(run: str) -> tuple[Path, dict]:
-    """The folder and the checkpoint of a run, given as `runs/NAME` or `NAME`. Raises UsageError."""
+def load_checkpoint(run: str, args: Args | None = None) -> tuple[Path, dict]:
+    """The folder and the checkpoint of a run, given as `runs/NAME` or `NAME`.
+
+    Raises UsageError where there is none, it cannot be read, or `args` contradict those it was made with.
+    """
     run_dir = Path(run) if Path(run).is_dir() else Path("runs", run)
     path = run_dir / "checkpoint.pt"
     if not path.is_file():
         raise UsageError(f"{run} has no checkpoint.pt: give the folder of a run under runs/")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
-        Args(**checkpoint["args"])
+        saved_args = vars(Args(**checkpoint["args"]))
         _ = [checkpoint[key] for key in ("agent", "optimizer", "iteration", "global_step", "rng_state")]
     except Exception as error:  # a damaged file can raise nearly anything
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"{path} is damaged or not from {Path(__file__).name}: {reason}") from error
+    if args:
+        free = {"resume", "evaluate", "device", "compile", "async_envs", "capture_video", "eval_episodes"}
+        free.add("seed" if args.evaluate else "total_timesteps")
+        for name in saved_args.keys() - free:
+            value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+            if value != saved_args[name]:
+                raise UsageError(f"{flag} {value} contradicts {path}, which was made with {saved_args[name]}")
     return run_dir, checkpoint
 
 
@@ -327,14 +346,8 @@ def load_args(run: str, **changes) -> Args:
     return Args(**load_checkpoint(run)[1]["args"] | changes)
 
 
-def restore(agent: Agent, args: Args, checkpoint: dict) -> None:
-    """Give the agent the checkpoint's weights. Raises UsageError where they, or `args`, do not fit."""
-    free = {"resume", "evaluate", "device", "compile", "async_envs", "capture_video", "eval_episodes"}
-    free.add("seed" if args.evaluate else "total_timesteps")
-    for name, saved in checkpoint["args"].items():
-        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        if name not in free and value != saved:
-            raise UsageError(f"{flag} {value} contradicts the checkpoint, which was made with {saved}")
+def load_weights(agent: Agent, args: Args, checkpoint: dict) -> None:
+    """Copy the checkpoint's weights into the agent. Raises UsageError where they do not fit."""
     try:
         agent.load_state_dict(checkpoint["agent"])
     except RuntimeError as error:
@@ -347,10 +360,12 @@ def evaluate(args: Args, run_dir: Path, checkpoint: dict) -> np.ndarray:
 
     Returns the returns, [eval_episodes], and logs their mean as `eval/episodic_return`.
     """
-    step, video_dir = checkpoint["global_step"], run_dir / "videos" if args.capture_video else None
-    envs = make_envs(dataclasses.replace(args, async_envs=False), args.eval_episodes, video_dir, f"eval-at-{step}")
+    step = checkpoint["global_step"]
+    video = {"video_folder": f"{run_dir}/videos", "name_prefix": f"eval-at-{step}", "episode_trigger": lambda n: n == 0}
+    args = dataclasses.replace(args, async_envs=False)
+    envs = make_envs(args, args.eval_episodes, video if args.capture_video else None)
     agent = Agent(envs)
-    restore(agent, args, checkpoint)
+    load_weights(agent, args, checkpoint)
     returns, ended = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes, bool)
     observations, _ = envs.reset(seed=env_seeds(args.eval_episodes, args.seed, 1))
     while not ended.all():
@@ -389,8 +404,9 @@ def train(args: Args) -> Agent:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
-    if args.compile and not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")):
-        print("--compile needs a C++ compiler and found none: training goes on without it, only slower")
+    compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
+    if args.compile and not shutil.which(compiler):
+        print(f"--compile needs a C++ compiler and finds no {compiler}: training without it, only slower")
         args = dataclasses.replace(args, compile=False)
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -398,7 +414,7 @@ def train(args: Args) -> Agent:
 
     first_iteration, num_episodes, recent_returns = 0, 0, deque(maxlen=100)
     if args.resume:
-        run_dir, checkpoint = load_checkpoint(args.resume)
+        run_dir, checkpoint = load_checkpoint(args.resume, args)
         first_iteration, num_episodes = checkpoint["iteration"], checkpoint["num_episodes"]
         recent_returns.extend(checkpoint["recent_returns"])
         if first_iteration >= args.num_iterations:
@@ -415,8 +431,8 @@ def train(args: Args) -> Agent:
     total_steps = args.num_iterations * args.batch_size
 
     try:
-        video_dir = run_dir / "videos" if args.capture_video else None
-        envs = make_envs(args, args.num_envs, video_dir, f"train-from-{global_step}")
+        video = {"video_folder": f"{run_dir}/videos", "name_prefix": f"train-from-{first_step}"}
+        envs = make_envs(args, args.num_envs, video if args.capture_video else None)
     except UsageError:
         if not args.resume:
             run_dir.rmdir()
@@ -429,7 +445,7 @@ def train(args: Args) -> Agent:
     nn.utils.vector_to_parameters(weights, parameters)
     optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)  # detail 3
     if args.resume:
-        restore(agent, args, checkpoint)
+        load_weights(agent, args, checkpoint)
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng_state"])
 
@@ -628,7 +644,7 @@ def main() -> None:
             default.capture_video &= args.evaluate is None
             args = tyro.cli(Args, description=__doc__, default=default)
         if args.evaluate:
-            evaluate(args, *load_checkpoint(args.evaluate))
+            evaluate(args, *load_checkpoint(args.evaluate, args))
         else:
             train(args)
     except UsageError as error:

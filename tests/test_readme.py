@@ -1,0 +1,142 @@
+"""Every command, diff and piece of code in the README runs as it stands there, only shorter."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    """The contents of the README's fenced blocks in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    """The README's shell commands, comments cut off, in order."""
+    return [
+        line.split("  #")[0].strip() for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()
+    ]
+
+
+INSTALL = [command for command in commands() if "pip install" in command]
+TRAIN = [command for command in commands() if command.startswith("python ppo.py")]
+BENCHMARK = [command for command in commands() if command.startswith("python benchmark/")]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """A copy of the repository's files, with the environment of the README's diff and one short run."""
+    folder = tmp_path_factory.mktemp("clone")
+    for path in [*ROOT.glob("*.py"), ROOT / "benchmark"]:
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
+    for diff in blocks("diff"):
+        if "/dev/null" in diff:
+            patch(folder, diff)
+    run(folder, [sys.executable, "ppo.py", "--total-timesteps", "1", "--eval-episodes", "1"])
+    return folder
+
+
+def run(folder: Path, command: list[str]) -> str:
+    """Run a command that must succeed; its output."""
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, f"{shlex.join(command)}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def patch(folder: Path, diff: str) -> None:
+    """Apply one of the README's diffs."""
+    subprocess.run(["git", "apply", "--recount", "-"], cwd=folder, input=diff, text=True, check=True)
+
+
+def test_the_readme_is_complete():
+    """A slip in the extraction must not empty the tests below."""
+    assert len(INSTALL) == 2 and len(TRAIN) >= 8 and len(BENCHMARK) >= 2 and len(blocks("diff")) == 3
+    known = INSTALL + TRAIN + BENCHMARK + ["tensorboard --logdir runs"]
+    assert set(commands()) == set(known), "a command of a new kind needs a test of its own"
+    assert "{" not in re.sub(r"```.*?```", "", README, flags=re.DOTALL), "a figure is missing"
+
+
+@pytest.mark.parametrize("command", TRAIN)
+def test_ppo_command(clone, command):
+    """Each training, resuming and evaluating command, with one iteration or one more."""
+    name = max(path.name for path in (clone / "runs").glob("CartPole-v1__ppo__1__*"))
+    words = shlex.split(command.replace("RUN", name))
+    words[0] = sys.executable
+    if "--resume" in words:
+        before = int(
+            run(clone, [sys.executable, "-c", f"import ppo; print(ppo.load_checkpoint('{name}')[1]['global_step'])"])
+        )
+        words += ["--total-timesteps", str(before + 1)]
+    elif "--evaluate" not in words:
+        words += ["--total-timesteps", "1"]
+    if "--eval-episodes" not in words:
+        words += ["--eval-episodes", "1"]
+    assert "greedy evaluation" in run(clone, words)
+    if "--capture-video" in words:
+        assert list(clone.glob("runs/*/videos/*.mp4"))
+
+
+def test_tensorboard_command(clone):
+    """TensorBoard starts on the runs and serves its page."""
+    assert "tensorboard --logdir runs" in commands()
+    words = [sys.executable, "-m", "tensorboard.main", "--logdir", "runs", "--port", "0"]
+    with subprocess.Popen(words, cwd=clone, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            url = next(found[0] for line in process.stderr if (found := re.findall(r"http://\S+", line)))
+            url = re.sub(r"//[^:/]+:", "//localhost:", url)
+            assert b"<title>TensorBoard</title>" in urllib.request.urlopen(url, timeout=30).read()
+        finally:
+            process.send_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("command", BENCHMARK)
+def test_benchmark_command(clone, command):
+    """The benchmarks, on one seed and few steps."""
+    words = shlex.split(command)
+    words[0] = sys.executable
+    if "learning.py" in command:
+        ours, _, theirs = command.partition(" -- ")
+        words = [sys.executable, *shlex.split(ours)[1:], "--seeds", "1", "--", *shlex.split(theirs)]
+        words += ["--total-timesteps", "1000", "--eval-episodes", "1"]
+    else:
+        words += ["--repeats", "1", "--total-timesteps", "6000"]
+    run(clone, words)
+
+
+@pytest.mark.parametrize("diff", blocks("diff"), ids=["network", "reward", "environment"])
+def test_fork(clone, diff, tmp_path):
+    """Each diff applies to a copy of ppo.py alone, and the fork runs."""
+    shutil.copy(ROOT / "ppo.py", tmp_path)
+    before = (tmp_path / "ppo.py").read_text()
+    patch(tmp_path, diff)
+    assert (tmp_path / "ppo.py").read_text() != before or (tmp_path / "corridor.py").exists()
+    env_id = "corridor:Corridor-v0" if "/dev/null" in diff else "CartPole-v1"
+    words = [sys.executable, "ppo.py", "--env-id", env_id, "--total-timesteps", "1", "--eval-episodes", "1"]
+    assert "greedy evaluation" in run(tmp_path, words)
+
+
+def test_python_code(clone):
+    """The notebook example, as a script beside ppo.py."""
+    (code,) = blocks("python")
+    assert "greedy evaluation" in run(clone, [sys.executable, "-c", code])
+
+
+def test_continuous_integration_runs_the_readmes_test_command():
+    """`.ci/run` takes its command out of the README: what it would run is the second install command."""
+    script = (ROOT / ".ci" / "run").read_text()
+    extract = next(line for line in script.splitlines() if line.startswith("test_command="))
+    shown = subprocess.run(
+        ["bash", "-c", f'{extract}; echo "$test_command"'], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.strip() == INSTALL[1]
+    assert "-m pytest" in INSTALL[1] and os.access(ROOT / ".ci" / "run", os.X_OK)
