@@ -27,7 +27,9 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -41,7 +43,6 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 CHECKPOINT_SECONDS = 60  # a kill or a power cut costs at most about this much work
-LOSSES = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
 
 
 class UsageError(Exception):
@@ -289,6 +290,11 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma: 
     return torch.stack(advantages[::-1])
 
 
+def approx_kl(log_ratio: torch.Tensor) -> torch.Tensor:
+    """KL(old || new policy) from log(new / old) of old actions: k3 of joschu.net/blog/kl-approx.html."""
+    return (log_ratio.exp() - 1 - log_ratio).mean()
+
+
 def minibatches(args: Args, batch: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
     """The minibatches of all epochs: each epoch has every sample once, freshly shuffled (detail 6)."""
     for _ in range(args.update_epochs):
@@ -379,8 +385,8 @@ def evaluate(args: Args, run_dir: Path, checkpoint: dict) -> np.ndarray:
             observations, _ = envs.reset(options={"reset_mask": ends})
     envs.close()
     print(
-        f"greedy evaluation at step {step:,}: return {returns.mean():.1f} +- {returns.std():.1f} "
-        f"(min {returns.min():.1f}, max {returns.max():.1f}) over {len(returns)} episodes"
+        f"greedy evaluation at step {step:,}: return {returns.mean():.2f} +- {returns.std():.2f} "
+        f"(min {returns.min():.2f}, max {returns.max():.2f}) over {len(returns)} episodes"
     )
     try:
         with SummaryWriter(run_dir) as writer:
@@ -402,6 +408,7 @@ def train(args: Args) -> Agent:
     try:
         device = torch.device(args.device)
         torch.zeros(1, device=device).item()
+        to_device = partial(torch.as_tensor, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
     compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
@@ -414,12 +421,12 @@ def train(args: Args) -> Agent:
 
     first_iteration, num_episodes, recent_returns = 0, 0, deque(maxlen=100)
     if args.resume:
-        run_dir, checkpoint = load_checkpoint(args.resume, args)
-        first_iteration, num_episodes = checkpoint["iteration"], checkpoint["num_episodes"]
-        recent_returns.extend(checkpoint["recent_returns"])
+        run_dir, saved = load_checkpoint(args.resume, args)
+        first_iteration, num_episodes = saved["iteration"], saved["num_episodes"]
+        recent_returns.extend(saved["recent_returns"])
         if first_iteration >= args.num_iterations:
-            steps = checkpoint["global_step"]
-            raise UsageError(f"{run_dir} has all its {steps:,} steps: a larger --total-timesteps would extend it")
+            done = f"{run_dir} has all its {saved['global_step']:,} steps"
+            raise UsageError(f"{done}: a larger --total-timesteps would extend it")
     else:
         name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
         run_dir = Path("runs", name)
@@ -445,9 +452,22 @@ def train(args: Args) -> Agent:
     nn.utils.vector_to_parameters(weights, parameters)
     optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)  # detail 3
     if args.resume:
-        load_weights(agent, args, checkpoint)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["rng_state"])
+        load_weights(agent, args, saved)
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["rng_state"])
+
+    def checkpoint() -> dict:
+        """All that the run needs to go on, between two iterations."""
+        return {
+            "args": dataclasses.asdict(dataclasses.replace(args, resume=None)),
+            "agent": agent.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "iteration": global_step // args.batch_size,
+            "global_step": global_step,
+            "num_episodes": num_episodes,
+            "recent_returns": [float(x) for x in recent_returns],
+            "rng_state": torch.get_rng_state(),
+        }
 
     def loss_gradient(observations, actions, old_logprobs, old_values, advantages, returns):
         """The gradient of the PPO loss (PPO paper, equation 9) on one minibatch, and the loss's parts."""
@@ -469,12 +489,7 @@ def train(args: Args) -> Agent:
         entropy = entropies.mean()
         loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy  # detail 10
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
-        with torch.no_grad():  # detail 12; the KL estimators are k1 and k3 of joschu.net/blog/kl-approx.html
-            old_approx_kl = -log_ratio.mean()
-            approx_kl = (ratio - 1 - log_ratio).mean()
-            clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-        losses = torch.stack((policy_loss, value_loss, entropy, old_approx_kl, approx_kl, clipfrac)).detach()
-        return gradient, approx_kl, losses  # in the order of LOSSES
+        return gradient, torch.stack((policy_loss, value_loss, entropy)).detach(), log_ratio.detach()
 
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True  # lets one graph hold the gradient, too
@@ -520,7 +535,7 @@ def train(args: Args) -> Agent:
             with torch.inference_mode():
                 for t in range(T):
                     observations[t] = observation
-                    actions[t] = agent.act(torch.from_numpy(observations[t]).to(device), noise[t]).cpu().numpy()
+                    actions[t] = agent.act(to_device(observations[t]), noise[t]).cpu().numpy()
                     observation, reward, terminations[t], truncations[t], _ = envs.step(actions[t] + first_action)
                     next_observations[t], rewards[t] = observation, reward
                     episode_returns += reward
@@ -533,28 +548,31 @@ def train(args: Args) -> Agent:
                         observation, _ = envs.reset(options={"reset_mask": ended})
             finite = np.isfinite(observations).all(-1) & np.isfinite(next_observations).all(-1) & np.isfinite(rewards)
             if not finite.all():
+                save_checkpoint(run_dir / "checkpoint.pt", checkpoint())  # so far, all was well
                 t, n = np.argwhere(~finite)[0]
                 raise UsageError(f"environment {n} returned NaN or infinity at step {global_step + t * N + n + 1}")
 
             # ----------------- (b) estimate advantages: how much better than expected was each action?
-            rollout = (observations, actions, rewards, next_observations, terminations, truncations)
-            b_obs, b_actions, b_rewards, *b_next = [torch.as_tensor(x, device=device) for x in rollout]
+            b_observations, b_actions = to_device(observations), to_device(actions)
             with torch.no_grad():
-                old_logprobs, _, values = agent(b_obs, b_actions)
-                next_values = agent.value(b_next[0])
-                advantages = compute_gae(b_rewards, values, next_values, *b_next[1:], args.gamma, args.gae_lambda)
+                old_logprobs, _, values = agent(b_observations, b_actions)
+                next_values = agent.value(to_device(next_observations))
+                ends = to_device(terminations), to_device(truncations)
+                advantages = compute_gae(to_device(rewards), values, next_values, *ends, args.gamma, args.gae_lambda)
                 returns = advantages + values
-            batch = [x.flatten(0, 1) for x in (b_obs, b_actions, old_logprobs, values, advantages, returns)]
+            batch = (b_observations, b_actions, old_logprobs, values, advantages, returns)
+            batch = [x.flatten(0, 1) for x in batch]  # each [num_steps * num_envs, ...]
 
             # --------------------------------- (c) learn: update_epochs passes over shuffled minibatches
             remaining = 1 - iteration / args.num_iterations
             learning_rate = args.learning_rate * (remaining if args.anneal_lr else 1)  # detail 4
             optimizer.param_groups[0]["lr"] = learning_rate
-            all_losses, num_updates = [], 0
+            all_losses, log_ratios, num_updates = [], [], 0
             for minibatch in minibatches(args, batch):
-                gradient, approx_kl, losses = loss_gradient(*minibatch)
+                gradient, losses, log_ratio = loss_gradient(*minibatch)
                 all_losses.append(losses)
-                if args.target_kl is not None and approx_kl > args.target_kl:
+                log_ratios.append(log_ratio)
+                if args.target_kl is not None and approx_kl(log_ratio) > args.target_kl:
                     break
                 weights.grad = gradient * (args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1)  # detail 11
                 optimizer.step()
@@ -565,12 +583,20 @@ def train(args: Args) -> Agent:
 
             # ------------------------------------------------------------------------ (d) log and save
             now = time.monotonic()
-            means = torch.stack(all_losses).mean(0).tolist()  # over all minibatches; this waits for the device
-            metrics = {f"losses/{name}": mean for name, mean in zip(LOSSES, means, strict=True)}
-            metrics["losses/explained_variance"] = (1 - (returns - values).var() / returns.var()).item()
-            metrics["charts/learning_rate"] = learning_rate
-            metrics["charts/update_epochs"] = num_updates / args.num_minibatches
-            metrics["charts/SPS"] = args.batch_size / (now - iteration_time)
+            policy_loss, value_loss, entropy = torch.stack(all_losses).mean(0).tolist()  # waits for the device
+            log_ratio = torch.stack(log_ratios)  # [minibatches, minibatch_size]
+            metrics = {  # detail 12; all losses are means over the minibatches
+                "losses/policy_loss": policy_loss,
+                "losses/value_loss": value_loss,
+                "losses/entropy": entropy,
+                "losses/approx_kl": approx_kl(log_ratio).item(),
+                "losses/old_approx_kl": -log_ratio.mean().item(),
+                "losses/clipfrac": ((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean().item(),
+                "losses/explained_variance": 1 - ((returns - values).var() / returns.var()).item(),
+                "charts/learning_rate": learning_rate,
+                "charts/update_epochs": num_updates / args.num_minibatches,
+                "charts/SPS": args.batch_size / (now - iteration_time),
+            }
             iteration_time = now
             if finished_returns:
                 num_episodes += len(finished_returns)
@@ -594,18 +620,8 @@ def train(args: Args) -> Agent:
                 tqdm.write(f"warning: nothing logged for a minute, training goes on: {error}", file=sys.stderr)
             if save:
                 save_time = now
-                checkpoint = {
-                    "args": dataclasses.asdict(dataclasses.replace(args, resume=None)),
-                    "agent": agent.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "iteration": iteration + 1,
-                    "global_step": global_step,
-                    "num_episodes": num_episodes,
-                    "recent_returns": [float(x) for x in recent_returns],
-                    "rng_state": torch.get_rng_state(),
-                }
-                save_checkpoint(run_dir / "checkpoint.pt", checkpoint)
-            recent = f"return {np.mean(recent_returns):.1f}" if recent_returns else "no episode has ended"
+                save_checkpoint(run_dir / "checkpoint.pt", checkpoint())
+            recent = f"return {np.mean(recent_returns):.2f}" if recent_returns else "no episode has ended"
             progress.set_postfix_str(recent, refresh=False)
             progress.update(args.batch_size)
             if progress.disable and (last or now - print_time > 5):  # not a terminal: a line now and then
@@ -620,7 +636,8 @@ def train(args: Args) -> Agent:
         progress.close()
         envs.close()
         if writer is not None:
-            writer.close()
+            with suppress(OSError):
+                writer.close()
 
     command = f"python {shlex.quote(os.path.relpath(__file__))}"
     run = shlex.quote(str(run_dir))
@@ -628,7 +645,7 @@ def train(args: Args) -> Agent:
         print(f"stopped at step {global_step:,}; to go on: {command} --resume {run}", flush=True)
         raise SystemExit(128 + stop_signal)
     print(f"last {len(recent_returns)} training episodes: {recent}")
-    evaluate(args, run_dir, checkpoint)
+    evaluate(args, run_dir, checkpoint())
     print(f"curves:   tensorboard --logdir {run}")
     print(f"watch it: {command} --evaluate {run} --capture-video")
     print(f"go on:    {command} --resume {run} --total-timesteps {2 * total_steps}")
