@@ -65,7 +65,7 @@ class Args:
     """environments that are stepped together"""
     num_steps: int = 128
     """steps that each environment takes per iteration"""
-    learning_rate: float = 2.5e-4
+    learning_rate: float = 1e-3
     """Adam's learning rate"""
     anneal_lr: bool = True
     """lower the learning rate linearly to zero over the run"""
@@ -83,7 +83,7 @@ class Args:
     """epsilon of the clipped objective: no gain from moving a probability ratio further than this from 1"""
     clip_vloss: bool = True
     """no gain either from moving a value further than clip_coef from its old estimate"""
-    ent_coef: float = 0.01
+    ent_coef: float = 0.0
     """weight of the entropy bonus, which keeps the policy exploring"""
     vf_coef: float = 0.5
     """weight of the value loss"""
