@@ -1,0 +1,61 @@
+"""Fixtures. Every test runs in an empty folder of its own, so that none ever touches the repository's runs/."""
+
+import contextlib
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `import ppo` works from anywhere
+
+from helpers import Result, spawn
+
+import ppo
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """The current folder of the test."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def command_line(monkeypatch, capfd):
+    """Runs ppo.py's main() in this process, with the given flags."""
+
+    def call(*flags: object) -> Result:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["ppo.py", *map(str, flags)])
+        code = 0
+        with warnings.catch_warnings():
+            # pytest collects warnings: here they go where, and if, a user would see them
+            warnings.showwarning = lambda *args: sys.stderr.write(warnings.formatwarning(*args[:4]))
+            warnings.resetwarnings()
+            for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+                warnings.simplefilter("ignore", category)
+            try:
+                ppo.main()
+            except SystemExit as error:
+                code = error.code
+        return Result(code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def start():
+    """Starts ppo.py in a process of its own; what is left of its process group is killed when the test ends."""
+    started = []
+
+    def call(*flags: object, setup: str = ""):
+        started.append(spawn(*flags, setup=setup))
+        return started[-1]
+
+    yield call
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
