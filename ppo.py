@@ -134,13 +134,13 @@ class Args:
                 good, rule = 0 < value < math.inf, "above 0, and finite"
             if not good:
                 raise UsageError(f"--{name.replace('_', '-')} must be {rule}, not {value}")
-        if self.batch_size % self.num_minibatches:
+        if self.batch_size % self.num_minibatches and (self.batch_size > 1 or not self.norm_adv):
             samples, asked = self.batch_size, min(self.num_minibatches, self.batch_size)
             near = (n for distance in range(asked) for n in (asked - distance, asked + distance))
             works = next(n for n in near if samples % n == 0 and (samples > n or not self.norm_adv))
             split = f"{self.num_envs} environments x {self.num_steps} steps = {samples} samples do not split evenly"
             raise UsageError(f"{split} into {self.num_minibatches} minibatches; --num-minibatches {works} would work")
-        if self.norm_adv and self.minibatch_size == 1:
+        if self.norm_adv and self.minibatch_size <= 1:
             raise UsageError("a minibatch of one sample cannot be normalized: fewer minibatches, or --no-norm-adv")
         for text in self.env_kwargs:
             if "=" not in text or not text.partition("=")[0].isidentifier():
@@ -169,12 +169,14 @@ def make_envs(args: Args, num_envs: int, video: dict | None = None) -> gym.vecto
             env_kwargs[name] = value
 
     def make_env(index: int) -> gym.Env:
-        if multiprocessing.parent_process():  # with --async-envs, Ctrl-C is for the main process alone
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if multiprocessing.parent_process() and hasattr(os, "setpgrp"):
+            os.setpgrp()  # with --async-envs, Ctrl-C and the like are for the main process alone
         film = video is not None and index == 0
         try:
             env = gym.make(args.env_id, **env_kwargs, **({"render_mode": "rgb_array"} if film else {}))
         except Exception as error:
+            if film and "'render_mode'" in str(error):
+                raise UsageError(f"{args.env_id} cannot be filmed: it takes no render_mode") from error
             if not (env_kwargs or isinstance(error, gym.error.Error | ImportError)):
                 raise  # a bug in the environment: its author needs the traceback
             hint = "; for Atari games use ppo_atari.py" if "ALE/" in args.env_id else ""
@@ -331,9 +333,12 @@ def load_checkpoint(run: str, args: Args | None = None) -> tuple[Path, dict]:
     if not path.is_file():
         raise UsageError(f"{run} has no checkpoint.pt: give the folder of a run under runs/")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
+        with warnings.catch_warnings(action="ignore"):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
         saved_args = vars(Args(**checkpoint["args"]))
-        _ = [checkpoint[key] for key in ("agent", "optimizer", "iteration", "global_step", "rng_state")]
+        needed = {"agent", "optimizer", "iteration", "global_step", "num_episodes", "recent_returns", "rng_state"}
+        if missing := needed - checkpoint.keys():
+            raise KeyError(f"it has no {', '.join(sorted(missing))}")
     except Exception as error:  # a damaged file can raise nearly anything
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"{path} is damaged or not from {Path(__file__).name}: {reason}") from error
@@ -352,13 +357,19 @@ def load_args(run: str, **changes) -> Args:
     return Args(**load_checkpoint(run)[1]["args"] | changes)
 
 
-def load_weights(agent: Agent, args: Args, checkpoint: dict) -> None:
-    """Copy the checkpoint's weights into the agent. Raises UsageError where they do not fit."""
+def restore(args: Args, checkpoint: dict, agent: Agent, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Put the agent, and with an optimizer the training, in the state of the checkpoint.
+
+    Raises UsageError where it does not fit.
+    """
     try:
         agent.load_state_dict(checkpoint["agent"])
-    except RuntimeError as error:
+        if optimizer:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            torch.set_rng_state(checkpoint["rng_state"])
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"the checkpoint's network does not fit {args.env_id} and this script: {reason}") from error
+        raise UsageError(f"the checkpoint does not fit {args.env_id} and {Path(__file__).name}: {reason}") from error
 
 
 def evaluate(args: Args, run_dir: Path, checkpoint: dict) -> np.ndarray:
@@ -371,7 +382,7 @@ def evaluate(args: Args, run_dir: Path, checkpoint: dict) -> np.ndarray:
     args = dataclasses.replace(args, async_envs=False)
     envs = make_envs(args, args.eval_episodes, video if args.capture_video else None)
     agent = Agent(envs)
-    load_weights(agent, args, checkpoint)
+    restore(args, checkpoint, agent)
     returns, ended = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes, bool)
     observations, _ = envs.reset(seed=env_seeds(args.eval_episodes, args.seed, 1))
     while not ended.all():
@@ -411,8 +422,8 @@ def train(args: Args) -> Agent:
         to_device = partial(torch.as_tensor, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
-    compiler = os.environ.get("CXX", {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++"))
-    if args.compile and not shutil.which(compiler):
+    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if args.compile and not shutil.which(compiler.split()[0]):
         print(f"--compile needs a C++ compiler and finds no {compiler}: training without it, only slower")
         args = dataclasses.replace(args, compile=False)
     random.seed(args.seed)
@@ -452,9 +463,7 @@ def train(args: Args) -> Agent:
     nn.utils.vector_to_parameters(weights, parameters)
     optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)  # detail 3
     if args.resume:
-        load_weights(agent, args, saved)
-        optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["rng_state"])
+        restore(args, saved, agent, optimizer)
 
     def checkpoint() -> dict:
         """All that the run needs to go on, between two iterations."""
@@ -630,11 +639,16 @@ def train(args: Args) -> Agent:
                 print(tqdm.format_meter(global_step, total_steps, elapsed, initial=first_step, **shown), flush=True)
             if last:
                 break
+    except BaseException:
+        for process in getattr(envs, "processes", ()):  # of --async-envs: one may be stuck, and close() would wait
+            process.kill()
+        raise
     finally:
         for signum, handler in old_handlers.items():
             signal.signal(signum, handler)
         progress.close()
-        envs.close()
+        with suppress(EOFError, OSError):
+            envs.close()
         if writer is not None:
             with suppress(OSError):
                 writer.close()
@@ -642,7 +656,8 @@ def train(args: Args) -> Agent:
     command = f"python {shlex.quote(os.path.relpath(__file__))}"
     run = shlex.quote(str(run_dir))
     if stop_signal is not None:
-        print(f"stopped at step {global_step:,}; to go on: {command} --resume {run}", flush=True)
+        extend = f" --total-timesteps {2 * total_steps}" if global_step == total_steps else ""
+        print(f"stopped at step {global_step:,}; to go on: {command} --resume {run}{extend}", flush=True)
         raise SystemExit(128 + stop_signal)
     print(f"last {len(recent_returns)} training episodes: {recent}")
     evaluate(args, run_dir, checkpoint())

@@ -255,7 +255,7 @@ def test_checkpoints_of_another_network_are_refused(command_line, copied, way, l
     torch.save(checkpoint, copied / "checkpoint.pt")
     before = contents(copied)
     more = () if way == "--evaluate" else ("--total-timesteps", 1024)
-    assert_refused(command_line(way, copied, *more), "network does not fit CartPole-v1", layer)
+    assert_refused(command_line(way, copied, *more), "does not fit CartPole-v1", layer)
     assert contents(copied) == before
 
 
