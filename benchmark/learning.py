@@ -291,7 +291,7 @@ def draw(path: Path, by_env: dict[str, list[Run]], title: str) -> None:
     columns = min(len(by_env), 3)
     rows = -(-len(by_env) // columns)
     figure = Figure(figsize=(7 * columns, 4.5 * rows + 0.5), layout="constrained")
-    figure.suptitle(textwrap.fill(title, 80 * columns))
+    figure.suptitle(textwrap.fill(title, 75 * columns, break_on_hyphens=False))
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel, (env_id, runs) in zip(panels, by_env.items(), strict=False):
         grid = np.linspace(0, max(run.steps for run in runs), CURVE_POINTS + 1)
