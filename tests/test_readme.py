@@ -109,7 +109,7 @@ def test_benchmark_command(clone, command):
         words = [sys.executable, *shlex.split(ours)[1:], "--seeds", "1", "--", *shlex.split(theirs)]
         words += ["--total-timesteps", "1000", "--eval-episodes", "1"]
     else:
-        words += ["--repeats", "1", "--total-timesteps", "6000"]
+        words += ["--repeats", "1", "--total-timesteps", "10000"]
     run(clone, words)
 
 
