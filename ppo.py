@@ -96,7 +96,7 @@ class Args:
     compile: bool = False
     """compile the loss and its gradient with torch.compile: starts slower, then runs faster"""
     async_envs: bool = False
-    """step each environment in a process of its own: pays where one step costs more than about 0.1 ms"""
+    """step each environment in a process of its own: pays where one step costs more than about 0.2 ms"""
     capture_video: bool = False
     """film environment 0 into the run's videos/ (episodes 0, 1, 8, 27, ..., 1000, 2000, ...)"""
     eval_episodes: int = 10
