@@ -216,7 +216,7 @@ def env_seeds(num_envs: int, *key: int) -> list[int]:
 # ----------------------------------------------------------------------------------------- agent
 
 
-def layer_init(layer: nn.Linear, std: float = math.sqrt(2)) -> nn.Linear:
+def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
     """Orthogonal weights, zero biases (detail 2)."""
     nn.init.orthogonal_(layer.weight, std)
     nn.init.zeros_(layer.bias)
@@ -300,8 +300,9 @@ def approx_kl(log_ratio: torch.Tensor) -> torch.Tensor:
 def minibatches(args: Args, batch: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
     """The minibatches of all epochs: each epoch has every sample once, freshly shuffled (detail 6)."""
     for _ in range(args.update_epochs):
-        order = torch.randperm(args.batch_size)
-        yield from zip(*(x[order].split(args.minibatch_size) for x in batch), strict=True)
+        order = torch.randperm(args.batch_size).to(batch[0].device)
+        for indices in order.split(args.minibatch_size):
+            yield tuple(x.index_select(0, indices) for x in batch)
 
 
 # --------------------------------------------------------------------- checkpoint and evaluation
