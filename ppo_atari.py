@@ -35,19 +35,27 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import ale_py
 import gymnasium as gym
 import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
-from ale_py.vector_env import AtariVectorEnv
 from gymnasium.spaces import Discrete
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+try:
+    import ale_py
+    from ale_py.vector_env import AtariVectorEnv
+except ImportError as error:
+    print(
+        f"{Path(__file__).name}: error: the games are missing ({error}): pip install 'gymnasium[atari]'",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 CHECKPOINT_SECONDS = 60  # a kill or a power cut costs at most about this much work
 
@@ -423,7 +431,11 @@ def evaluate(args: Args, run_dir: Path, checkpoint: dict) -> np.ndarray:
     except OSError as error:
         print(f"warning: evaluation not logged: {error}", file=sys.stderr)
     if args.capture_video:
-        film(args, run_dir / "videos" / f"eval-at-{step}-episode-0.mp4", seeds[0], game)
+        path = run_dir / "videos" / f"eval-at-{step}-episode-0.mp4"
+        try:
+            film(args, path, seeds[0], game)
+        except OSError as error:
+            print(f"warning: {path} not filmed: {' '.join(str(error).split())[:200]}", file=sys.stderr)
     return returns
 
 

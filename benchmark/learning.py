@@ -3,8 +3,10 @@
     python benchmark/learning.py --env-ids CartPole-v1 Acrobot-v1 --seeds 1 2 3 --jobs 2 --name classic
     python benchmark/learning.py --script my_fork.py --name my_fork -- --total-timesteps 100000 --ent-coef 0
     python benchmark/learning.py --name classic --plot-only
+    python benchmark/learning.py --name pong --runs runs/ALE-Pong-v5__*  # of runs made without it, finished or not
 
-Flags after `--` go to the script. Interrupted, it goes on where it was when the same command is repeated.
+Flags after `--` go to the script. Interrupted, it goes on where it was when the same command is repeated: runs
+that left a checkpoint are resumed, others are made anew.
 It runs any script that takes --env-id and --seed and logs `charts/episodic_return` with TensorBoard under
 runs/, be it one of this repository, a fork of one, or one of CleanRL's. Setting up:
 
@@ -80,12 +82,17 @@ class Args:
     """what to call the results: benchmark/results/<name>.csv, .md and .png; runs are in runs/benchmark-<name>"""
     plot_only: bool = False
     """run nothing: write the results of the runs that `--name` has finished"""
+    runs: tuple[Path, ...] = ()
+    """run nothing: write the results of these run folders, <env_id>__<exp_name>__<seed>__<unix time>"""
 
     def __post_init__(self) -> None:
         """Refuse what cannot run. Raises UsageError."""
         if not self.name or Path(self.name).name != self.name:
             raise UsageError(f"--name becomes the name of a file, which {self.name!r} cannot be")
-        if self.plot_only:
+        for run in self.runs:
+            if not run.is_dir() or len(run.name.split("__")) != 4:
+                raise UsageError(f"{run} is not the folder of a run, <env_id>__<exp_name>__<seed>__<unix time>")
+        if self.plot_only or self.runs:
             return
         if not self.script.is_file():
             raise UsageError(f"there is no script {self.script}")
@@ -108,10 +115,10 @@ class Job:
         """The run's working directory, so that what is in its runs/ can only be its own."""
         return ROOT / "runs" / f"benchmark-{name}" / f"{self.env_id.replace('/', '-')}__{self.seed}"
 
-    def finished(self, name: str) -> dict | None:
-        """What run_jobs noted when the run ended well, or None if it did not, or was another one."""
+    def noted(self, name: str, file: str = "finished.json") -> dict | None:
+        """What run_jobs noted when the run ended well (or began), or None if it did not, or was another one."""
         try:
-            note = json.loads((self.folder(name) / "finished.json").read_text())
+            note = json.loads((self.folder(name) / file).read_text())
         except (OSError, ValueError):  # there is none, or a power cut left half of it
             return None
         return note if note["job"] == asdict(self) else None
@@ -129,7 +136,7 @@ class Run:
     steps: int
     seconds: float
     last_return: float  # mean over the last 100 training episodes, or over all if there were fewer
-    eval_return: float | None  # mean over the greedy episodes after training, where the script plays any
+    eval_return: float | None  # mean over the episodes of the evaluation after training, where the script plays any
 
 
 # --------------------------------------------------------------------------------------- running
@@ -175,12 +182,17 @@ def run_jobs(jobs: list[Job], name: str, at_once: int, machine: str) -> int:
         while waiting or running:
             while waiting and len(running) < at_once:
                 job = waiting.pop(0)
-                folder = job.folder(name)
-                shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run, or another command, left
-                folder.mkdir(parents=True)
-                with open(folder / "output.txt", "wb") as output:
+                folder, command = job.folder(name), shlex.split(job.command)
+                checkpoints = list(folder.glob("runs/*/checkpoint.pt"))
+                if job.noted(name, "started.json") and len(checkpoints) == 1:  # it was interrupted: go on
+                    command += ["--resume", str(checkpoints[0].parent)]
+                else:
+                    shutil.rmtree(folder, ignore_errors=True)  # what another command left
+                    folder.mkdir(parents=True)
+                    (folder / "started.json").write_text(json.dumps({"job": asdict(job)}))
+                with open(folder / "output.txt", "ab") as output:
                     running[job] = subprocess.Popen(
-                        shlex.split(job.command),
+                        command,
                         cwd=folder,
                         env=environment,
                         stdin=subprocess.DEVNULL,
@@ -197,7 +209,7 @@ def run_jobs(jobs: list[Job], name: str, at_once: int, machine: str) -> int:
                         raise ValueError(f"exit code {process.returncode}")
                     if sha256(shlex.split(job.command)[1]) != job.script_sha256:
                         raise ValueError("the script was changed since the benchmark began")
-                    run = read_run(job, folder)
+                    run = read_run(job.env_id, job.seed, folder)
                     (folder / "finished.json").write_text(json.dumps({"job": asdict(job), "machine": machine}))
                     tqdm.write(f"{job.env_id}, seed {job.seed}: {run.last_return:.2f} in {run.seconds:.0f} s")
                 except ValueError as error:
@@ -222,16 +234,16 @@ def run_jobs(jobs: list[Job], name: str, at_once: int, machine: str) -> int:
 # --------------------------------------------------------------------------------------- reading
 
 
-def read_run(job: Job, folder: Path) -> Run:
-    """Read what a run logged. Raises ValueError where that is not as expected."""
-    for events_dir in sorted({path.parent for path in folder.glob("runs/**/events.out.tfevents.*")}):
+def read_run(env_id: str, seed: int, folder: Path) -> Run:
+    """Read what a run logged below this folder. Raises ValueError where that is not as expected."""
+    for events_dir in sorted({path.parent for path in folder.glob("**/events.out.tfevents.*")}):
         events = EventAccumulator(str(events_dir), size_guidance={"scalars": 0})  # 0: all of them
         events.Reload()
         tags = events.Tags()["scalars"]
         if "charts/episodic_return" in tags:
             break
     else:
-        raise ValueError("no charts/episodic_return was logged under runs/")
+        raise ValueError(f"no charts/episodic_return was logged under {os.path.relpath(folder)}")
     charts = {tag: events.Scalars(tag) for tag in tags if tag.startswith("charts/")}
     evaluations = events.Scalars("eval/episodic_return") if "eval/episodic_return" in tags else []
 
@@ -255,8 +267,8 @@ def read_run(job: Job, folder: Path) -> Run:
     starts = np.flatnonzero(np.diff(bins, prepend=-1))  # of each bin, its first event
     bin_counts = np.add.reduceat(counts, starts)
     return Run(
-        env_id=job.env_id,
-        seed=job.seed,
+        env_id=env_id,
+        seed=seed,
         curve_steps=np.append(steps[starts[1:] - 1], steps[-1]),  # of each bin, its last event's
         curve_returns=np.add.reduceat(counts * returns, starts) / bin_counts,
         curve_episodes=bin_counts.astype(int),
@@ -319,7 +331,7 @@ def make_table(by_env: dict[str, list[Run]]) -> str:
     """The README's table, and the numbers of each seed below it."""
     lines = [
         "| environment | steps | seeds | last 100 training episodes | worst seed "
-        "| greedy evaluation | worst seed | seconds per run | published |",
+        "| evaluation | worst seed | seconds per run | published |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     seed_lines = []
@@ -349,26 +361,44 @@ def make_table(by_env: dict[str, list[Run]]) -> str:
     return "\n".join(lines) + "\n\n" + "\n".join(seed_lines)
 
 
+def write_results_of_runs(args: Args) -> None:
+    """Write the results of --runs. Raises UsageError."""
+    runs = []
+    for folder in args.runs:
+        env_id, exp_name, seed, _ = folder.name.split("__")
+        try:
+            runs.append(read_run(env_id.replace("ALE-", "ALE/"), int(seed), folder))
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    write(
+        args.name, runs, f"{exp_name}.py", "", [f"`{shlex.join(['python', 'benchmark/learning.py', *sys.argv[1:]])}`"]
+    )
+
+
 def write_results(name: str) -> None:
-    """Write the CSV, the picture and the table of those runs of `name` that are finished. Raises UsageError."""
+    """Write the results of those runs of `name` that are finished. Raises UsageError."""
     path = ROOT / "runs" / f"benchmark-{name}" / "benchmark.json"
     if not path.is_file():
         raise UsageError(f"there are no runs of --name {name}")
     plan = json.loads(path.read_text())
     jobs = [Job(**job) for job in plan["jobs"]]
-    notes = {job: job.finished(name) for job in jobs}
-    runs = [read_run(job, job.folder(name)) for job in jobs if notes[job]]
+    notes = {job: job.noted(name) for job in jobs}
+    runs = [read_run(job.env_id, job.seed, job.folder(name)) for job in jobs if notes[job]]
     if not runs:
         raise UsageError(f"no run of --name {name} is finished")
-    by_env = {env_id: [run for run in runs if run.env_id == env_id] for env_id in dict.fromkeys(r.env_id for r in runs)}
     machines = dict.fromkeys(note["machine"] for note in notes.values() if note)  # usually one
+    missing = f"\n\n{len(jobs) - len(runs)} of {len(jobs)} runs are missing." if len(runs) < len(jobs) else ""
+    write(name, runs, plan["title"], missing, [*machines, f"`{plan['made_with']}`"])
 
+
+def write(name: str, runs: list[Run], title: str, missing: str, origins: list[str]) -> None:
+    """Write the CSV, the picture and the table of these runs."""
+    by_env = {env_id: [run for run in runs if run.env_id == env_id] for env_id in dict.fromkeys(r.env_id for r in runs)}
     RESULTS.mkdir(exist_ok=True)
     write_csv(RESULTS / f"{name}.csv", runs)
-    draw(RESULTS / f"{name}.png", by_env, plan["title"])
+    draw(RESULTS / f"{name}.png", by_env, title)
     table = make_table(by_env)
-    missing = f"\n\n{len(jobs) - len(runs)} of {len(jobs)} runs are missing." if len(runs) < len(jobs) else ""
-    origin = "\n".join(f"- {line}" for line in [*machines, f"`{plan['made_with']}`"])
+    origin = "\n".join(f"- {line}" for line in origins)
     note = "± is the standard deviation over the seeds; published numbers: see PUBLISHED in benchmark/learning.py."
     (RESULTS / f"{name}.md").write_text(f"{table}{missing}\n\n{note}\n\n{origin}\n")
     print(f"{table}{missing}\n\nwritten: {', '.join(f'benchmark/results/{name}.{x}' for x in ('csv', 'png', 'md'))}")
@@ -383,6 +413,9 @@ def main() -> None:
     failures = 0
     try:
         args = tyro.cli(Args, description=__doc__, args=own)
+        if args.runs:
+            write_results_of_runs(args)
+            sys.exit(0)
         if not args.plot_only:
             script = args.script.resolve()
             fingerprint, jobs = sha256(script), []
@@ -397,7 +430,7 @@ def main() -> None:
             folder = ROOT / "runs" / f"benchmark-{args.name}"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "benchmark.json").write_text(json.dumps(plan, indent=1))
-            todo = [job for job in jobs if not job.finished(args.name)]
+            todo = [job for job in jobs if not job.noted(args.name)]
             print(f"{len(todo)} runs to make, {len(jobs) - len(todo)} finished before, in {os.path.relpath(folder)}")
             failures = run_jobs(todo, args.name, args.jobs, describe_machine(script, args.jobs))
         write_results(args.name)

@@ -1,10 +1,11 @@
 """Speed of a training script against Stable-Baselines3's PPO with the same hyperparameters.
 
     python benchmark/throughput.py                  # about ten minutes; leave the machine alone meanwhile
+    python benchmark/throughput.py --scenario ppo_atari --repeats 3 --total-timesteps 20480 --name throughput_atari
     python benchmark/throughput.py --repeats 1 --total-timesteps 20000 --name trial
 
-Everything is measured in a process of its own, with one torch thread, alternating over several rounds, so
-that ratios compare neighbours in time. The script runs as its users run it: with TensorBoard, checkpoints
+Everything is measured in a process of its own, alternating over several rounds, so that ratios compare
+neighbours in time. The script runs as its users run it: with TensorBoard, checkpoints
 and, on a terminal, the progress bar. Steps per second are those after the first tenth of a run, so they have
 neither start-up nor compilation in them; these are given in seconds of their own. Setting up:
 
@@ -24,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -65,17 +67,46 @@ def sb3_cartpole(seed: int):
     )
 
 
+def sb3_breakout(seed: int):
+    """Stable-Baselines3's PPO with the hyperparameters of the scenario `ppo_atari`, and its own Atari wrappers."""
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.env_util import make_atari_env
+    from stable_baselines3.common.vec_env import VecFrameStack
+
+    return PPO(
+        "CnnPolicy",
+        VecFrameStack(make_atari_env("BreakoutNoFrameskip-v4", 8, seed=seed), 4),
+        learning_rate=lambda remaining: 2.5e-4 * remaining,
+        n_steps=128,
+        batch_size=256,
+        n_epochs=4,
+        gamma=0.99,
+        gae_lambda=0.95,
+        clip_range=0.1,
+        clip_range_vf=0.1,
+        ent_coef=0.01,
+        vf_coef=0.5,
+        max_grad_norm=0.5,
+        seed=seed,
+        device="cpu",
+    )
+
+
 @dataclass
 class Scenario:
     """What to run, and its equal in Stable-Baselines3."""
 
     script: Path
     flags: str  # hyperparameters spelled out, so that a change of the script's defaults changes nothing here
+    variants: dict[str, str]  # names of what is compared, and the flags that make them
+    threads: int  # of torch, and of ALE
     num_envs: int
     num_steps: int
     num_minibatches: int
-    more_envs: tuple[int, ...]  # other numbers of environments, to see what a step costs then
+    more_envs: dict[int, tuple[str, ...]]  # other numbers of environments, and the variants to measure with them
+    more_iterations: int  # at least as many for each of these
     sb3: Callable  # makes Stable-Baselines3's model for a seed
+    arithmetic: tuple[str, ...] = ()  # number formats in which the network's arithmetic alone is a limit, too
 
     def arguments(self, num_envs: int) -> list[str]:
         """The script's command line, but for the seed and the steps."""
@@ -88,11 +119,33 @@ SCENARIOS = {
         script=ROOT / "ppo.py",
         flags="--env-id CartPole-v1 --update-epochs 4 --learning-rate 2.5e-4 --anneal-lr --gamma 0.99 "
         "--gae-lambda 0.95 --clip-coef 0.2 --clip-vloss --norm-adv --ent-coef 0.01 --vf-coef 0.5 --max-grad-norm 0.5",
+        variants={"ppo.py": "", "ppo.py --compile": "--compile"},
+        threads=1,
         num_envs=4,
         num_steps=128,
         num_minibatches=4,
-        more_envs=(16, 64),
+        more_envs={n: ("ppo.py", "ppo.py --compile") for n in (16, 64)},
+        more_iterations=50,
         sb3=sb3_cartpole,
+    ),
+    "ppo_atari": Scenario(
+        script=ROOT / "ppo_atari.py",
+        flags="--env-id ALE/Breakout-v5 --update-epochs 4 --learning-rate 2.5e-4 --anneal-lr --gamma 0.99 "
+        "--gae-lambda 0.95 --clip-coef 0.1 --clip-vloss --norm-adv --ent-coef 0.01 --vf-coef 0.5 --max-grad-norm 0.5 "
+        "--eval-episodes 1",
+        variants={
+            "ppo_atari.py": "",
+            "ppo_atari.py --compile": "--compile",
+            "ppo_atari.py --no-bfloat16": "--no-bfloat16",
+        },
+        threads=2,
+        num_envs=8,
+        num_steps=128,
+        num_minibatches=4,
+        more_envs={n: ("ppo_atari.py",) for n in (32, 128)},
+        more_iterations=5,
+        sb3=sb3_breakout,
+        arithmetic=("bfloat16", "float32"),
     ),
 }
 
@@ -149,7 +202,7 @@ def work_sb3(scenario: Scenario, total_steps: int, seed: int) -> dict:
         def _on_step(self) -> bool:
             return True
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(scenario.threads)
     model, clock = scenario.sb3(seed), Clock()
     model.learn(total_steps, callback=clock)
     steps, seconds = model.num_timesteps - clock.start[0], time.perf_counter() - clock.start[1]
@@ -177,7 +230,7 @@ def work_logging(scenario: Scenario, total_steps: int, seed: int) -> dict:
     import numpy as np
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(scenario.threads)
     script, args = load_script(scenario)
     minibatches = args.num_minibatches * args.update_epochs
     all_losses, log_ratios = list(torch.rand(minibatches, 3)), list(torch.rand(minibatches, args.minibatch_size))
@@ -208,20 +261,58 @@ def work_logging(scenario: Scenario, total_steps: int, seed: int) -> dict:
     return {"seconds_per_iteration": seconds / 1000, "batch_size": args.batch_size}
 
 
-WORKERS = {"sb3": work_sb3, "limit": work_limit, "logging": work_logging}
+def work_arithmetic(scenario: Scenario, total_steps: int, seed: int, dtype: str) -> dict:
+    """The steps per second of a processor that only did the network's multiplications, and those at full speed.
+
+    Full speed is that of a large matrix product. Each step is acted on once, looked at once more for its
+    log-probability and value, and learned from update_epochs times.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    torch.set_num_threads(scenario.threads)
+    script, args = load_script(scenario)
+    agent = script.Agent(script.make_envs(args, 1))
+    observations, actions = (
+        agent.pixels(torch.zeros(1, 4, 84, 84, dtype=torch.uint8)),
+        torch.zeros(1, dtype=torch.int64),
+    )
+    with FlopCounterMode(display=False) as forward:
+        logprobs, _, values = agent(observations, actions)
+    with FlopCounterMode(display=False) as backward:
+        (logprobs + values).sum().backward()
+    forward, backward = forward.get_total_flops(), backward.get_total_flops()
+    per_step = 2 * forward + args.update_epochs * (forward + backward)
+
+    a = torch.ones(2048, 2048, dtype=getattr(torch, dtype))
+    a @ a
+    start = time.perf_counter()
+    for _ in range(20):
+        a @ a
+    per_second = 20 * 2 * 2048**3 / (time.perf_counter() - start)
+    return {"steps": total_steps, "steps_per_second": per_second / per_step, "flops": per_second, "per_step": per_step}
+
+
+WORKERS = {
+    "sb3": work_sb3,
+    "limit": work_limit,
+    "logging": work_logging,
+    "bfloat16": partial(work_arithmetic, dtype="bfloat16"),
+    "float32": partial(work_arithmetic, dtype="float32"),
+}
 
 
 # ------------------------------------------------------------------------------------- measuring
 
 
-def measure(command: list[str], cache_dir: str) -> dict:
+def measure(command: list[str], cache_dir: str, threads: int) -> dict:
     """Run a command to its end, on a terminal, in an empty folder. Raises RuntimeError where it fails.
 
     Returns its `seconds` and its peak `memory` in MB. To these a worker adds what it prints, and a script
     that trained the `steps` and `steps_per_second` that it logged.
     """
     environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": str(threads),
         "TORCHINDUCTOR_CACHE_DIR": cache_dir,  # empty at first, so that the first compilation is a cold one
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -266,24 +357,26 @@ def measure(command: list[str], cache_dir: str) -> dict:
 def measure_all(args: Args, cache_dir: str) -> dict[str, list[dict]]:
     """Measure everything in each round. Returns the measurements, [repeats], by what was measured."""
     scenario, results = SCENARIOS[args.scenario], {}
-    progress = tqdm(total=args.repeats * (6 + 2 * len(scenario.more_envs)), unit=" runs", disable=None)
+    script = [sys.executable, str(scenario.script)]
+    worker = [sys.executable, str(Path(__file__).resolve()), "worker", args.scenario]
+    progress = None
     for seed in range(1, args.repeats + 1):
-        script = [sys.executable, str(scenario.script)]
-        worker = [sys.executable, str(Path(__file__).resolve()), "worker", args.scenario]
-        ends = [str(args.total_timesteps), str(seed)]
-        commands = {}
-        for num_envs in (scenario.num_envs, *scenario.more_envs):
-            steps = args.total_timesteps
-            if num_envs != scenario.num_envs:
-                steps = max(steps, 50 * num_envs * scenario.num_steps)
-            run = [*script, *scenario.arguments(num_envs), "--seed", str(seed), "--total-timesteps", str(steps)]
-            commands |= {f"eager {num_envs}": run, f"compiled {num_envs}": [*run, "--compile"]}
-            if num_envs == scenario.num_envs:
-                commands |= {name: [*worker, name, *ends] for name in ("sb3", "limit")}  # right after the two
-        commands |= {"logging": [*worker, "logging", *ends], "help": [*script, "--help"]}
+
+        def training(variant: str, num_envs: int, steps: int, seed: int = seed) -> list[str]:
+            flags = [*scenario.arguments(num_envs), *shlex.split(scenario.variants[variant])]
+            return [*script, *flags, "--seed", str(seed), "--total-timesteps", str(steps)]
+
+        commands = {name: training(name, scenario.num_envs, args.total_timesteps) for name in scenario.variants}
+        for name in ("sb3", "limit", *scenario.arithmetic, "logging"):  # right after these
+            commands[name] = [*worker, name, str(args.total_timesteps), str(seed)]
+        for num_envs, variants in scenario.more_envs.items():
+            steps = max(args.total_timesteps, scenario.more_iterations * num_envs * scenario.num_steps)
+            commands |= {f"{name} {num_envs}": training(name, num_envs, steps) for name in variants}
+        commands["help"] = [*script, "--help"]
+        progress = progress or tqdm(total=args.repeats * len(commands), unit=" runs", disable=None)
         for name, command in commands.items():
             progress.set_postfix_str(f"round {seed}: {name}")
-            results.setdefault(name, []).append(measure(command, cache_dir))
+            results.setdefault(name, []).append(measure(command, cache_dir, scenario.threads))
             progress.update()
     progress.close()
     return results
@@ -301,41 +394,42 @@ def spread(values: list[float], form: str = ",.0f") -> str:
 def make_report(scenario: Scenario, results: dict[str, list[dict]]) -> str:
     """Two tables and some single numbers. Ratios are of measurements of the same round."""
     speeds = {name: [m["steps_per_second"] for m in ms] for name, ms in results.items() if "steps" in ms[0]}
-    script, eager, compiled = scenario.script.name, f"eager {scenario.num_envs}", f"compiled {scenario.num_envs}"
-    labels = {
-        eager: f"`{script}`",
-        compiled: f"`{script} --compile`",
-        "sb3": f"Stable-Baselines3 {version('stable-baselines3')}",
-        "limit": "the limit",
-    }
+    labels = {name: f"`{name}`" for name in scenario.variants}
+    labels |= {"sb3": f"Stable-Baselines3 {version('stable-baselines3')}", "limit": "the limit"}
     lines = ["| | steps/s | times Stable-Baselines3 | share of the limit |", "|---|---|---|---|"]
     for name, label in labels.items():
         ratios = [own / sb3 for own, sb3 in zip(speeds[name], speeds["sb3"], strict=True)]
         shares = [own / limit for own, limit in zip(speeds[name], speeds["limit"], strict=True)]
         lines.append(f"| {label} | {spread(speeds[name])} | {spread(ratios, '.2f')} | {spread(shares, '.1%')} |")
+    for name in scenario.arithmetic:
+        rate = statistics.median(m["flops"] for m in results[name]) / 1e9
+        label = f"the network's arithmetic alone, {name}, at {rate:,.0f} GFLOP/s"
+        ratios = [limit / sb3 for limit, sb3 in zip(speeds[name], speeds["sb3"], strict=True)]
+        lines.append(f"| {label} | {spread(speeds[name])} | {spread(ratios, '.2f')} | |")
 
-    lines += ["", f"| environments | minibatch | `{script}`, steps/s | µs per step "]
-    lines[-1] += f"| `{script} --compile`, steps/s | µs per step |"
-    lines.append("|---|---|---|---|---|---|")
-    for num_envs in (scenario.num_envs, *scenario.more_envs):
-        lines.append(f"| {num_envs} | {num_envs * scenario.num_steps // scenario.num_minibatches} ")
-        for kind in ("eager", "compiled"):
-            values = speeds[f"{kind} {num_envs}"]
-            lines[-1] += f"| {spread(values)} | {1e6 / statistics.median(values):.1f} "
-        lines[-1] += "|"
+    lines += ["", "| | environments | minibatch | steps/s | µs per step | peak memory |", "|---|---|---|---|---|---|"]
+    for name in scenario.variants:
+        for num_envs in (scenario.num_envs, *scenario.more_envs):
+            key = name if num_envs == scenario.num_envs else f"{name} {num_envs}"
+            if key in speeds:
+                minibatch = num_envs * scenario.num_steps // scenario.num_minibatches
+                cost, memory = 1e6 / statistics.median(speeds[key]), max(m["memory"] for m in results[key])
+                lines.append(f"| {labels[name]} | {num_envs} | {minibatch} | {spread(speeds[key])} ")
+                lines[-1] += f"| {cost:,.1f} | {memory:,.0f} MB |"
 
     lines.append("")
     logging = statistics.median(m["seconds_per_iteration"] for m in results["logging"])
-    for name in (eager, compiled):
+    for name in scenario.variants:
         first, *later = [m["seconds"] - m["steps"] / m["steps_per_second"] for m in results[name]]
         again = f", then {statistics.median(later):.1f} s" if later else ""
-        memory = max(m["memory"] for m in results[name])
         share = logging * statistics.median(speeds[name]) / (scenario.num_envs * scenario.num_steps)
         lines.append(
             f"- {labels[name]}: start-up, compilation and final evaluation take {first:.1f} s the first time{again}; "
-            f"peak memory {memory:.0f} MB; logging takes {share:.1%} of the time ({1e3 * logging:.2f} ms per iteration)"
+            f"logging takes {share:.1%} of the time ({1e3 * logging:.2f} ms per iteration)"
         )
-    lines.append(f"- `{script} --help`: {spread([m['seconds'] for m in results['help']], '.2f')} s")
+    memory = max(m["memory"] for m in results["sb3"])
+    lines.append(f"- Stable-Baselines3's peak memory: {memory:,.0f} MB")
+    lines.append(f"- `{scenario.script.name} --help`: {spread([m['seconds'] for m in results['help']], '.2f')} s")
     return "\n".join(lines)
 
 
@@ -353,8 +447,9 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     rounds = f"{args.repeats} rounds" if args.repeats > 1 else "1 round"
+    threads = "one torch thread" if scenario.threads == 1 else f"{scenario.threads} torch threads"
     notes = (
-        f"Median of {rounds} (and range), of {args.total_timesteps:,} steps each, one torch thread. The script logs, "
+        f"Median of {rounds} (and range), of {args.total_timesteps:,} steps each, {threads}. The script logs, "
         "shows its progress and saves checkpoints; Stable-Baselines3 only trains. The limit: the same vector "
         "environment, stepped with random actions and reset, and no training."
     )

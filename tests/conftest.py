@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `import ppo` works from anywhere
 
-from helpers import Result, spawn
+from helpers import Result, descendants, spawn
 
 import ppo
 
@@ -24,11 +24,11 @@ def empty_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def command_line(monkeypatch, capfd):
-    """Runs ppo.py's main() in this process, with the given flags."""
+    """Runs main() of ppo.py, or of another script, in this process, with the given flags."""
 
-    def call(*flags: object) -> Result:
+    def call(*flags: object, script=ppo) -> Result:
         capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["ppo.py", *map(str, flags)])
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
         code = 0
         with warnings.catch_warnings():
             # pytest collects warnings: here they go where, and if, a user would see them
@@ -37,7 +37,7 @@ def command_line(monkeypatch, capfd):
             for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
                 warnings.simplefilter("ignore", category)
             try:
-                ppo.main()
+                script.main()
             except SystemExit as error:
                 code = error.code
         return Result(code, *capfd.readouterr())
@@ -47,15 +47,19 @@ def command_line(monkeypatch, capfd):
 
 @pytest.fixture
 def start():
-    """Starts ppo.py in a process of its own; what is left of its process group is killed when the test ends."""
+    """Starts a script in a process of its own; what is left of it and its children is killed when the test ends."""
     started = []
 
-    def call(*flags: object, setup: str = ""):
-        started.append(spawn(*flags, setup=setup))
+    def call(*flags: object, **options):
+        started.append(spawn(*flags, **options))
         return started[-1]
 
     yield call
     for process in started:
+        children = descendants(process.pid)  # those of torchrun are in process groups of their own
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
         process.communicate()

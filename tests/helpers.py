@@ -1,4 +1,4 @@
-"""What the tests share: running ppo.py in this process or in one of its own, and reading what it left."""
+"""What the tests share: running a script in this process or in one of its own, and reading what it left."""
 
 import contextlib
 import os
@@ -32,14 +32,21 @@ def environment(**changes) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", **changes}
 
 
-def spawn(*flags: object, setup: str = "") -> subprocess.Popen:
-    """Start ppo.py with these flags in a process (and process group) of its own, after `setup`.
+def spawn(*flags: object, setup: str = "", script: str = "ppo", processes: int = 1) -> subprocess.Popen:
+    """Start ppo.py (or another script) with these flags in a process (and process group) of its own, after `setup`.
 
+    With more than one process, torchrun starts them, and the current folder holds what they run, job.py.
     Tests call it as `start`, a fixture that lets no process outlive the test.
     """
     # A shell makes what it runs in the background deaf to Ctrl-C, and that is inherited: not from here on.
     hearing = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
-    command = [sys.executable, "-c", f"{hearing}\nimport ppo\n{setup}\nppo.main()", *map(str, flags)]
+    code = f"{hearing}\nimport {script}\n{setup}\n{script}.main()\n"
+    if processes == 1:
+        command = [sys.executable, "-c", code, *map(str, flags)]
+    else:
+        Path("job.py").write_text(code)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [*torchrun, "job.py", *map(str, flags)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment(), start_new_session=True, **pipes)
 
@@ -75,10 +82,10 @@ def wait_for_training(process: subprocess.Popen) -> None:
     raise AssertionError(f"ended before it trained: {process.stderr.read()}")
 
 
-def train(**flags) -> Path:
-    """Train in this process and return the run's folder."""
+def train(script=ppo, **flags) -> Path:
+    """Train in this process, with ppo or another of the scripts, and return the run's folder."""
     before = set(Path("runs").glob("*"))
-    ppo.train(ppo.Args(**{"eval_episodes": 1, **flags}))
+    script.train(script.Args(**{"eval_episodes": 1, **flags}))
     if "resume" in flags:
         return Path(flags["resume"])
     (run_dir,) = set(Path("runs").glob("*")) - before
