@@ -172,9 +172,9 @@ class Args:
 def make_envs(args: Args, num_envs: int, **changes) -> AtariVectorEnv:
     """Make `num_envs` copies of the game, stepped together by ALE's own threads (detail 1).
 
-    ALE itself plays up to 30 no-ops and presses FIRE at the start of a game (details 14 and 17), repeats each action
-    for 4 frames and shows the maximum of the last two (15), in 84x84 grey pixels (18), the last 4 of these (20).
-    A lost life is reported as a termination, but the game goes on (16). Where a game ends or reaches 108,000
+    ALE itself presses FIRE and waits for up to 30 frames at the start of a game (details 14 and 17), repeats each
+    action for 4 frames and shows the maximum of the last two (15), in 84x84 grey pixels (18), the last 4 of these
+    (20). A lost life is reported as a termination, but the game goes on (16). Where a game ends or reaches 108,000
     frames (half an hour), the next one starts at once, and infos["final_obs"] holds what was seen last.
 
     `changes` override the arguments of ALE's vector environment.
@@ -186,6 +186,9 @@ def make_envs(args: Args, num_envs: int, **changes) -> AtariVectorEnv:
             env_kwargs[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):  # not a Python literal: a string
             env_kwargs[name] = value
+        own = "num_envs batch_size autoreset_mode life_loss_info episodic_life reward_clipping grayscale"
+        if name in own.split():
+            raise UsageError(f"cannot make {args.env_id} with {name}={value}: the script itself decides on that")
 
     games = {}  # by id, as in {"ALE/Breakout-v5": "breakout", "BreakoutNoFrameskip-v4": "breakout", ...}
     for env_id, spec in gym.registry.items():
@@ -207,9 +210,12 @@ def make_envs(args: Args, num_envs: int, **changes) -> AtariVectorEnv:
         }
         envs = AtariVectorEnv(games[args.env_id], num_envs, **options | env_kwargs | changes)
     except (TypeError, ValueError, gym.error.Error) as error:
-        raise UsageError(f"cannot make {args.env_id}: {' '.join(str(error).split())}") from error
+        raise UsageError(f"cannot make {args.env_id}: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(envs.single_action_space, Discrete):
         raise UsageError("continuous=True gives continuous actions; supported: Discrete")
+    stack, height, width = envs.single_observation_space.shape[:3]
+    if stack < 1 or min(height, width) < 36:
+        raise UsageError(f"the network needs at least 1 frame of 36x36 pixels, not {stack} of {height}x{width}")
     return envs
 
 
@@ -446,7 +452,9 @@ def film(args: Args, path: Path, seed: int, game: list[tuple[int, float]]) -> No
     game: here it is played again, frame by frame, from `game`, its actions and the frame number each led to.
     """
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner
-    height, width, _ = gym.make(args.env_id).observation_space.shape
+    emulator = ale_py.ALEInterface()
+    emulator.loadROM(ale_py.roms.get_rom_path(gym.registry[args.env_id].kwargs["game"]))
+    height, width = emulator.getScreenDims()
     shape = {"grayscale": False, "img_height": height, "img_width": width, "stack_num": 1}
     camera = make_envs(args, 1, life_loss_info=False, frameskip=1, maxpool=False, **shape)
     frame, infos = camera.reset(seed=np.array([seed]))
@@ -513,7 +521,8 @@ def train(args: Args) -> Agent:
         name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
         run_dir = Path("runs", name)
         try:
-            run_dir.mkdir(parents=True, exist_ok=rank > 0)
+            if rank == 0:
+                run_dir.mkdir(parents=True)
         except OSError as error:
             raise UsageError(f"cannot make the run's folder: {error}") from error
     first_step = global_step = first_iteration * args.batch_size
@@ -522,7 +531,7 @@ def train(args: Args) -> Agent:
     try:
         envs = make_envs(args, local_args.num_envs)
     except UsageError:
-        if not args.resume:
+        if not args.resume and rank == 0:
             run_dir.rmdir()
         raise
     agent = Agent(envs, bfloat16).to(device)
@@ -687,14 +696,15 @@ def train(args: Args) -> Agent:
                 raise UsageError(f"the weights became NaN by step {global_step}: try a lower --learning-rate")
 
             # ------------------------------------------------------------------------ (d) log and save
+            stop = stop_signal  # from here on, a signal counts in the next iteration: all stop in the same one
             if world_size > 1:  # the games of all processes, and whether one of them was asked to stop
                 everyone = [None] * world_size
-                dist.all_gather_object(everyone, (finished_returns, finished_lengths, stop_signal))
+                dist.all_gather_object(everyone, (finished_returns, finished_lengths, stop))
                 finished_returns = [x for games, _, _ in everyone for x in games]
                 finished_lengths = [x for _, games, _ in everyone for x in games]
-                stop_signal = next((x[2] for x in everyone if x[2] is not None), None)
+                stop = next((signum for _, _, signum in everyone if signum is not None), None)
             if rank > 0:  # the first process logs and saves for all
-                if stop_signal is not None:
+                if stop is not None:
                     break
                 continue
             now = time.monotonic()
@@ -719,7 +729,7 @@ def train(args: Args) -> Agent:
                 metrics["charts/episodes"] = num_episodes
                 metrics["charts/episodic_return"] = np.mean(finished_returns)
                 metrics["charts/episodic_length"] = np.mean(finished_lengths)
-            last = iteration + 1 == args.num_iterations or stop_signal is not None
+            last = iteration + 1 == args.num_iterations or stop is not None
             save = last or now - save_time > CHECKPOINT_SECONDS
             try:
                 if writer is None and save:  # the disk was full: perhaps it has room again
@@ -760,10 +770,10 @@ def train(args: Args) -> Agent:
         dist.destroy_process_group()
         if rank > 0:
             return agent
-    if stop_signal is not None:
+    if stop is not None:
         extend = f" --total-timesteps {2 * total_steps}" if global_step == total_steps else ""
         print(f"stopped at step {global_step:,}; to go on: {command} --resume {run}{extend}", flush=True)
-        raise SystemExit(128 + stop_signal)
+        raise SystemExit(128 + stop)
     print(f"last {len(recent_returns)} training episodes: {recent}")
     evaluate(args, run_dir, checkpoint())
     print(f"curves:   tensorboard --logdir {run}")

@@ -33,6 +33,9 @@ OWN_LINES = {
             "process.kill()",
             "raise",
             "with suppress(EOFError, OSError):",
+            "last = iteration + 1 == args.num_iterations or stop_signal is not None",
+            "if stop_signal is not None:",
+            "raise SystemExit(128 + stop_signal)",
         },
     }
 }
