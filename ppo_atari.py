@@ -440,8 +440,10 @@ def evaluate(args: Args, run_dir: Path, checkpoint: dict) -> np.ndarray:
         path = run_dir / "videos" / f"eval-at-{step}-episode-0.mp4"
         try:
             film(args, path, seeds[0], game)
-        except OSError as error:
-            print(f"warning: {path} not filmed: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+        except (OSError, RuntimeError) as error:
+            path.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or "ffmpeg failed; is the disk full?"
+            print(f"warning: {path} not filmed: {reason}", file=sys.stderr)
     return returns
 
 
@@ -459,7 +461,9 @@ def film(args: Args, path: Path, seed: int, game: list[tuple[int, float]]) -> No
     camera = make_envs(args, 1, life_loss_info=False, frameskip=1, maxpool=False, **shape)
     frame, infos = camera.reset(seed=np.array([seed]))
     path.parent.mkdir(exist_ok=True)
-    video = imageio_ffmpeg.write_frames(str(path), (width, height), fps=60, macro_block_size=2)
+    video = imageio_ffmpeg.write_frames(
+        str(path), (width, height), fps=60, macro_block_size=2, ffmpeg_log_level="quiet"
+    )
     video.send(None)
     video.send(frame)
     ended = False
@@ -470,6 +474,7 @@ def film(args: Args, path: Path, seed: int, game: list[tuple[int, float]]) -> No
             video.send(infos["final_obs"] if ended else frame)
     video.close()
     camera.close()
+    imageio_ffmpeg.count_frames_and_secs(str(path))  # raises RuntimeError where the film cannot be read
 
 
 # -------------------------------------------------------------------------------------- training

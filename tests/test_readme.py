@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ def commands() -> list[str]:
 
 INSTALL = [command for command in commands() if "pip install" in command]
 TRAIN = [command for command in commands() if command.startswith("python ppo.py")]
+ATARI = [command for command in commands() if command.startswith(("python ppo_atari.py", "torchrun "))]
 BENCHMARK = [command for command in commands() if command.startswith("python benchmark/")]
 
 
@@ -61,7 +63,8 @@ def patch(folder: Path, diff: str) -> None:
 def test_the_readme_is_complete():
     """A slip in the extraction must not empty the tests below."""
     assert len(INSTALL) == 2 and len(TRAIN) >= 8 and len(BENCHMARK) >= 2 and len(blocks("diff")) == 3
-    known = INSTALL + TRAIN + BENCHMARK + ["tensorboard --logdir runs"]
+    assert len(ATARI) >= 4
+    known = INSTALL + TRAIN + ATARI + BENCHMARK + ["tensorboard --logdir runs"]
     assert set(commands()) == set(known), "a command of a new kind needs a test of its own"
     assert "{" not in re.sub(r"```.*?```", "", README, flags=re.DOTALL), "a figure is missing"
 
@@ -84,6 +87,35 @@ def test_ppo_command(clone, command):
     assert "greedy evaluation" in run(clone, words)
     if "--capture-video" in words:
         assert list(clone.glob("runs/*/videos/*.mp4"))
+
+
+@pytest.fixture(scope="module")
+def pong(clone) -> str:
+    """A short run of Pong, as the commands want it: its name."""
+    sizes = ["--num-envs", "2", "--num-steps", "32", "--total-timesteps", "64", "--eval-episodes", "1"]
+    run(clone, [sys.executable, "ppo_atari.py", "--env-id", "ALE/Pong-v5", *sizes])
+    return next((clone / "runs").glob("ALE-Pong-v5__*__1__*")).name
+
+
+@pytest.mark.parametrize("command", ATARI)
+def test_ppo_atari_command(clone, pong, command):
+    """Each training and evaluating command, and torchrun's, twice where it is for two machines."""
+    words = shlex.split(command.replace("RUN", pong))
+    words[:1] = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "torch.distributed.run"]
+    if "--evaluate" not in words:
+        words += ["--total-timesteps", "100000" if "--resume" in words else "1"]
+    words += ["--eval-episodes", "1"]
+    if "--resume" in words:  # one iteration more
+        code = f"import ppo_atari; print(ppo_atari.load_checkpoint('{pong}')[1]['global_step'] + 1)"
+        words[words.index("100000")] = run(clone, [sys.executable, "-c", code]).strip()
+    machines = int(words[words.index("--nnodes") + 1]) if "--nnodes" in words else 1
+    with ThreadPoolExecutor(machines) as pool:
+        outputs = "".join(pool.map(lambda _: run(clone, words), range(machines)))
+    assert outputs.count("evaluation at step") == 1
+    if "torchrun" in command:
+        assert f"2 processes x {1 if '--resume' in words else 4} environments on cpu" in outputs
+    if "--capture-video" in words:
+        assert list(clone.glob(f"runs/{pong}/videos/*.mp4"))
 
 
 def test_tensorboard_command(clone):
@@ -110,6 +142,8 @@ def test_benchmark_command(clone, command):
         words += ["--total-timesteps", "1000", "--eval-episodes", "1"]
     else:
         words += ["--repeats", "1", "--total-timesteps", "10000"]
+        throughput = clone / "benchmark" / "throughput.py"  # of Atari, not with 32 and 128 environments
+        throughput.write_text(throughput.read_text().replace("for n in (32, 128)", "for n in (16,)"))
     run(clone, words)
 
 
