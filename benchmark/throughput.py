@@ -69,10 +69,13 @@ def sb3_cartpole(seed: int):
 
 def sb3_breakout(seed: int):
     """Stable-Baselines3's PPO with the hyperparameters of the scenario `ppo_atari`, and its own Atari wrappers."""
+    import ale_py
+    import gymnasium
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_atari_env
     from stable_baselines3.common.vec_env import VecFrameStack
 
+    gymnasium.register_envs(ale_py)
     return PPO(
         "CnnPolicy",
         VecFrameStack(make_atari_env("BreakoutNoFrameskip-v4", 8, seed=seed), 4),
