@@ -1,7 +1,7 @@
 """Speed of a training script against Stable-Baselines3's PPO with the same hyperparameters.
 
     python benchmark/throughput.py                  # about ten minutes; leave the machine alone meanwhile
-    python benchmark/throughput.py --scenario ppo_atari --repeats 3 --total-timesteps 20480 --name throughput_atari
+    python benchmark/throughput.py --scenario ppo_atari --repeats 3 --total-timesteps 10240 --name throughput_atari
     python benchmark/throughput.py --repeats 1 --total-timesteps 20000 --name trial
 
 Everything is measured in a process of its own, alternating over several rounds, so that ratios compare
