@@ -113,4 +113,5 @@ def test_the_same_sections_in_the_same_order(script):
     assert all(own_types[name] == types[name] for name in shared)
     assert own_types.keys() - types.keys() <= {"async_envs"}, "flags that only ppo.py has"
     reworded = {name for name in shared if own_helps[name] != helps[name]}
-    assert reworded <= {"env_id", "env_kwargs", "num_envs", "device", "capture_video", "eval_episodes", "evaluate"}
+    own = {"env_id", "env_kwargs", "num_envs", "device", "compile", "capture_video", "eval_episodes", "evaluate"}
+    assert reworded <= own
