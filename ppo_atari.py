@@ -245,15 +245,15 @@ class Agent(nn.Module):
         stack, height, width = envs.single_observation_space.shape
         convolutions = nn.Sequential(
             layer_init(nn.Conv2d(stack, 32, kernel_size=8, stride=4)),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             layer_init(nn.Conv2d(32, 64, kernel_size=4, stride=2)),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             layer_init(nn.Conv2d(64, 64, kernel_size=3, stride=1)),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Flatten(),
         )
         num_features = convolutions(torch.zeros(1, stack, height, width)).shape[1]  # 3136 for 84x84
-        self.trunk = nn.Sequential(*convolutions, layer_init(nn.Linear(num_features, 512)), nn.ReLU())
+        self.trunk = nn.Sequential(*convolutions, layer_init(nn.Linear(num_features, 512)), nn.ReLU(inplace=True))
         self.actor = layer_init(nn.Linear(512, self.num_actions), std=0.01)  # every action starts equally likely
         self.critic = layer_init(nn.Linear(512, 1), std=1.0)
 
