@@ -95,6 +95,31 @@ def sb3_breakout(seed: int):
     )
 
 
+def sb3_halfcheetah(seed: int):
+    """Stable-Baselines3's PPO with the hyperparameters of the scenario `ppo_continuous_action`, and its normalizer."""
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    return PPO(
+        "MlpPolicy",
+        VecNormalize(make_vec_env("HalfCheetah-v5", 1, seed=seed), gamma=0.99),
+        learning_rate=lambda remaining: 3e-4 * remaining,
+        n_steps=2048,
+        batch_size=64,
+        n_epochs=10,
+        gamma=0.99,
+        gae_lambda=0.95,
+        clip_range=0.2,
+        clip_range_vf=0.2,
+        ent_coef=0.0,
+        vf_coef=0.5,
+        max_grad_norm=0.5,
+        seed=seed,
+        device="cpu",
+    )
+
+
 @dataclass
 class Scenario:
     """What to run, and its equal in Stable-Baselines3."""
@@ -149,6 +174,19 @@ SCENARIOS = {
         more_iterations=5,
         sb3=sb3_breakout,
         arithmetic=("bfloat16", "float32"),
+    ),
+    "ppo_continuous_action": Scenario(
+        script=ROOT / "ppo_continuous_action.py",
+        flags="--env-id HalfCheetah-v5 --update-epochs 10 --learning-rate 3e-4 --anneal-lr --gamma 0.99 "
+        "--gae-lambda 0.95 --clip-coef 0.2 --clip-vloss --norm-adv --ent-coef 0 --vf-coef 0.5 --max-grad-norm 0.5",
+        variants={"ppo_continuous_action.py": "", "ppo_continuous_action.py --compile": "--compile"},
+        threads=1,
+        num_envs=1,
+        num_steps=2048,
+        num_minibatches=32,
+        more_envs={},
+        more_iterations=10,
+        sb3=sb3_halfcheetah,
     ),
 }
 
@@ -267,8 +305,8 @@ def work_logging(scenario: Scenario, total_steps: int, seed: int) -> dict:
 def work_arithmetic(scenario: Scenario, total_steps: int, seed: int, dtype: str) -> dict:
     """The steps per second of a processor that only did the network's multiplications, and those at full speed.
 
-    Full speed is that of a large matrix product. Each step is acted on once, looked at once more for its
-    log-probability and value, and learned from update_epochs times.
+    Full speed is that of a large matrix product. Each step is acted on once and learned from
+    update_epochs times.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -276,16 +314,13 @@ def work_arithmetic(scenario: Scenario, total_steps: int, seed: int, dtype: str)
     torch.set_num_threads(scenario.threads)
     script, args = load_script(scenario)
     agent = script.Agent(script.make_envs(args, 1))
-    observations, actions = (
-        agent.pixels(torch.zeros(1, 4, 84, 84, dtype=torch.uint8)),
-        torch.zeros(1, dtype=torch.int64),
-    )
+    observations, actions = torch.zeros(1, 84, 84, 4, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
     with FlopCounterMode(display=False) as forward:
         logprobs, _, values = agent(observations, actions)
     with FlopCounterMode(display=False) as backward:
         (logprobs + values).sum().backward()
     forward, backward = forward.get_total_flops(), backward.get_total_flops()
-    per_step = 2 * forward + args.update_epochs * (forward + backward)
+    per_step = forward + args.update_epochs * (forward + backward)
 
     a = torch.ones(2048, 2048, dtype=getattr(torch, dtype))
     a @ a

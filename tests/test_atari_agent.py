@@ -31,6 +31,11 @@ def opinionated(agent):
     return agent
 
 
+def channels_last(frames):
+    """Observations as the agent takes them, [N, height, width, stack], of frames [N, stack, height, width]."""
+    return frames.permute(0, 2, 3, 1)
+
+
 def random_frames(num, shape=(4, 84, 84), seed=2):
     """What the environments return: bytes, [num, stack, height, width]; each image is darker than the last."""
     generator = torch.Generator().manual_seed(seed)
@@ -83,31 +88,30 @@ def test_outputs_are_those_of_the_network_written_out(env_kwargs):
     frames = random_frames(5, shape)
     with torch.no_grad():
         features, logits, values = nature_cnn(agent, frames)
-        pixels = agent.pixels(frames)
+        observations = channels_last(frames)
         assert features.shape == (5, 512)
         assert logits.shape == (5, 18 if env_kwargs else 4)
         assert features.std(0).mean() > 0.01 and values.std() > 0.01, "observations would not matter"
-        torch.testing.assert_close(agent.features(pixels), features, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(agent.actor(agent.features(pixels)), logits, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(agent.value(pixels), values, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(agent.features(observations), features, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(agent.actor(agent.features(observations)), logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(agent.value(observations), values, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
-def test_pixels_are_scaled_and_have_the_channels_last(bfloat16):
-    """Every byte k becomes k / 255: up to one rounding in float32, exactly that rounded in bfloat16."""
-    frames = torch.arange(2 * 4 * 84 * 84).view(2, 4, 84, 84).remainder(256).byte()
-    before = frames.clone()
-    pixels = make_agent(bfloat16).pixels(frames)
-    assert pixels.shape == (2, 84, 84, 4)
-    assert pixels.is_contiguous()
-    assert torch.equal(frames, before)
-    expected = frames.double().permute(0, 2, 3, 1) / 255
-    if bfloat16:
-        assert pixels.dtype == torch.bfloat16
-        assert torch.equal(pixels, expected.bfloat16())
-    else:
-        assert pixels.dtype == torch.float32
-        torch.testing.assert_close(pixels.double(), expected, rtol=2**-23, atol=0)
+def test_pixels_are_scaled(bfloat16):
+    """Every byte k becomes k / 255: up to one rounding in float32, within two of bfloat16's 8 bits there."""
+    observations = torch.arange(2 * 84 * 84 * 4).view(2, 84, 84, 4).remainder(256).byte()
+    before, seen = observations.clone(), []
+    agent = make_agent(bfloat16)
+    agent.trunk.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    agent.features(observations)
+    (pixels,) = seen
+    assert torch.equal(observations, before)
+    assert pixels.shape == (2, 4, 84, 84)
+    assert pixels.is_contiguous(memory_format=torch.channels_last)
+    assert pixels.dtype == (torch.bfloat16 if bfloat16 else torch.float32)
+    expected = observations.double().permute(0, 3, 1, 2) / 255
+    torch.testing.assert_close(pixels.double(), expected, rtol=2**-7 if bfloat16 else 2**-23, atol=0)
     assert (pixels.min(), pixels.max()) == (0, 1)
 
 
@@ -126,11 +130,11 @@ def test_orthogonal_initialisation():
 def test_actor_and_critic_share_the_trunk_and_nothing_else():
     """Each output has a gradient for the trunk and its own head; the other head it does not know."""
     agent = make_agent()
-    pixels, actions = agent.pixels(random_frames(2)), torch.tensor([0, 1])
+    observations, actions = channels_last(random_frames(2)), torch.tensor([0, 1])
     assert {name.split(".")[0] for name, _ in agent.named_parameters()} == {"trunk", "actor", "critic"}
     for output, own, other in ((0, "actor", "critic"), (1, "actor", "critic"), (2, "critic", "actor")):
         agent.zero_grad()
-        agent(pixels, actions)[output].sum().backward()
+        agent(observations, actions)[output].sum().backward()
         touched = {name for name, p in agent.named_parameters() if p.grad is not None and p.grad.any()}
         expected = {name for name, _ in agent.named_parameters() if not name.startswith(other)}
         assert touched == expected, own
@@ -146,8 +150,9 @@ def test_actions_are_drawn_from_the_softmax_of_the_logits():
     assert noise.shape == (draws, 3, 4)
     with torch.no_grad():
         expected = nature_cnn(agent, frames)[1].softmax(-1)
-        actions = agent.act(agent.pixels(frames), noise)
+        actions, features = agent.act(channels_last(frames), noise)
     assert actions.dtype == torch.int64
+    torch.testing.assert_close(features, nature_cnn(agent, frames)[0], rtol=1e-4, atol=1e-5)
     frequencies = F.one_hot(actions, 4).double().mean(0)
     errors = (expected * (1 - expected) / draws).sqrt()
     assert ((frequencies - expected).abs() < 5 * errors + 1e-6).all()
@@ -159,7 +164,7 @@ def test_without_noise_the_likeliest_action_is_taken():
     with torch.no_grad():
         agent.actor.bias.sub_(nature_cnn(agent, frames)[1].mean(0))  # so that each action is the likeliest somewhere
         likeliest = nature_cnn(agent, frames)[1].argmax(-1)
-        assert torch.equal(agent.act(agent.pixels(frames), 0.0), likeliest)
+        assert torch.equal(agent.act(channels_last(frames), 0.0)[0], likeliest)
     assert len(likeliest.unique()) > 1
 
 
@@ -167,7 +172,7 @@ def test_forward_agrees_with_torch_distributions():
     """Log-probabilities, entropies and values."""
     agent, frames, actions = opinionated(make_agent()), random_frames(8), torch.arange(8) % 4
     with torch.no_grad():
-        logprobs, entropies, values = agent(agent.pixels(frames), actions)
+        logprobs, entropies, values = agent(channels_last(frames), actions)
         _, logits, expected_values = nature_cnn(agent, frames)
     distribution = torch.distributions.Categorical(logits=logits)
     torch.testing.assert_close(logprobs, distribution.log_prob(actions), rtol=1e-4, atol=1e-4)
@@ -181,7 +186,7 @@ def test_entropy_is_finite_where_the_policy_is_certain():
     agent = make_agent()
     with torch.no_grad():
         agent.actor.bias[0] = 1e4
-        _, entropies, _ = agent(agent.pixels(random_frames(1)), torch.zeros(1, dtype=torch.int64))
+        _, entropies, _ = agent(channels_last(random_frames(1)), torch.zeros(1, dtype=torch.int64))
     assert entropies.tolist() == [0]
 
 
@@ -196,11 +201,11 @@ def test_bfloat16_is_close_to_float32():
     agents = [opinionated(make_agent(bfloat16)) for bfloat16 in (False, True)]
     agents[1].load_state_dict(agents[0].state_dict())
     frames, actions = random_frames(8), torch.arange(8) % 4
-    features = [agent.features(agent.pixels(frames)) for agent in agents]
+    features = [agent.features(channels_last(frames)) for agent in agents]
     assert features[1].dtype == torch.float32
     error = (features[1] - features[0]).abs().max() / features[0].abs().max()
     assert 1e-5 < error < 0.02, "either not bfloat16 at all, or wrong"
-    exact, rounded = (agent(agent.pixels(frames), actions) for agent in agents)
+    exact, rounded = (agent(channels_last(frames), actions) for agent in agents)
     for a, b in zip(exact, rounded, strict=True):
         assert b.dtype == torch.float32
         torch.testing.assert_close(b, a, rtol=0.05, atol=0.05)
@@ -208,7 +213,7 @@ def test_bfloat16_is_close_to_float32():
     assert {x.dtype for p in agents[1].parameters() for x in (p, p.grad)} == {torch.float32}
     # the heads compute in float32: from the very same features, the outputs are the same to the bit
     with torch.no_grad():
-        assert torch.equal(agents[1].value(agents[1].pixels(frames)), agents[0].critic(features[1]).squeeze(-1))
+        assert torch.equal(agents[1].value(channels_last(frames)), agents[0].critic(features[1]).squeeze(-1))
 
 
 def test_a_copy_with_a_bfloat16_trunk_computes_the_same():
@@ -222,12 +227,13 @@ def test_a_copy_with_a_bfloat16_trunk_computes_the_same():
     player.load_state_dict(agent.state_dict())
     assert player.trunk[0].weight.dtype == torch.bfloat16
     assert player.actor.weight.dtype == player.critic.weight.dtype == torch.float32
-    pixels, noise = agent.pixels(random_frames(16)), agent.sample_noise(1, 16)[0]
+    observations, noise = channels_last(random_frames(16)), agent.sample_noise(1, 16)[0]
     with torch.inference_mode():
-        features = agent.features(pixels)
-        assert torch.equal(player.features(pixels), features)
-        assert torch.equal(player.value(pixels), agent.value(pixels))
-        assert torch.equal(player.act(pixels, noise), agent.act(pixels, noise))
+        features = agent.features(observations)
+        assert torch.equal(player.features(observations), features)
+        assert torch.equal(player.value(observations), agent.value(observations))
+        for ours, theirs in zip(player.act(observations, noise), agent.act(observations, noise), strict=True):
+            assert torch.equal(ours, theirs)
     assert features.std() > 0.01
 
 
@@ -249,10 +255,10 @@ def test_rollouts_are_played_by_the_agent_as_it_is_then(bfloat16, monkeypatch):
         return noise
 
     def noted_act(self, observations, noise):
-        actions = act(self, observations, noise)
+        actions, features = act(self, observations, noise)
         if len(observations) == TINY["num_envs"]:
             calls.append((observations.clone(), actions.clone()))
-        return actions
+        return actions, features
 
     monkeypatch.setattr(ppo_atari.Agent, "sample_noise", noted_noise)
     monkeypatch.setattr(ppo_atari.Agent, "act", noted_act)
@@ -264,22 +270,24 @@ def test_rollouts_are_played_by_the_agent_as_it_is_then(bfloat16, monkeypatch):
     with torch.no_grad():
         for i, (observations, actions) in enumerate(calls):
             noise = noises[i // 16][i % 16]
-            assert torch.equal(act(agents[i // 16], observations, noise), actions)
-            outdated += not torch.equal(act(agents[0], observations, noise), actions)
+            assert torch.equal(act(agents[i // 16], observations, noise)[0], actions)
+            outdated += not torch.equal(act(agents[0], observations, noise)[0], actions)
     assert outdated > 0, "the first agent would have done the same: this could not see weights that are never renewed"
 
 
 def test_rollouts_are_stored_as_bytes(monkeypatch):
     """One byte a pixel, a quarter of float32, for one observation more than steps."""
-    inputs, pixels = [], ppo_atari.Agent.pixels
+    inputs, features = [], ppo_atari.Agent.features
 
-    def noted(self, frames):
-        inputs.append((frames.dtype, tuple(frames.shape), frames.untyped_storage().nbytes()))
-        return pixels(self, frames)
+    def noted(self, observations):
+        inputs.append((observations.dtype, tuple(observations.shape), observations.untyped_storage().nbytes()))
+        return features(self, observations)
 
-    monkeypatch.setattr(ppo_atari.Agent, "pixels", noted)
+    monkeypatch.setattr(ppo_atari.Agent, "features", noted)
     ppo_atari.train(ppo_atari.Args(**TINY, **SHORT))
-    size = (16 + 1) * 2 * 4 * 84 * 84
+    size = (16 + 1) * 2 * 84 * 84 * 4
     assert {dtype for dtype, _, _ in inputs} == {torch.uint8}
-    assert inputs.count((torch.uint8, ((16 + 1) * 2, 4, 84, 84), size)) == 3  # once per iteration, to learn from it
-    assert inputs.count((torch.uint8, (2, 4, 84, 84), size)) == 3 * 16  # the player's are views into the same storage
+    # 16 steps and the value of what follows them, in each of 3 iterations: views into the same storage
+    assert inputs.count((torch.uint8, (2, 84, 84, 4), size)) == 3 * (16 + 1)
+    minibatch = 16 * 2 * 84 * 84 * 4
+    assert inputs.count((torch.uint8, (32, 84, 84, 4), minibatch)) == 3 * 2, "and no more per minibatch"

@@ -198,7 +198,7 @@ def test_every_game_runs(env_id, monkeypatch):
     frames, _ = envs.reset(seed=np.array([1]))
     for noise in agent.sample_noise(3, 1):
         with torch.no_grad():
-            actions = agent.act(agent.pixels(torch.as_tensor(frames)), noise)
+            actions = agent.act(torch.as_tensor(frames).permute(0, 2, 3, 1), noise)[0]
         frames, _, terminations, truncations, _ = envs.step(actions.numpy())
         assert frames.shape == (1, 4, 84, 84)
         assert not terminations.any() | truncations.any()
@@ -496,7 +496,7 @@ def test_what_is_learned_from(run):
 
     def value(frames):
         with torch.no_grad():
-            return run.agent.value(run.agent.pixels(torch.as_tensor(frames)))
+            return run.agent.value(torch.as_tensor(frames).permute(0, 2, 3, 1))
 
     assert len(run.gae_inputs) == run.args.num_iterations
     for iteration, (rewards, values, next_values, terminations, truncations, *discounts) in enumerate(run.gae_inputs):
