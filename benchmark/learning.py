@@ -61,6 +61,8 @@ PUBLISHED = {
     "HalfCheetah": {"CleanRL": (1442.6, 46.0), "RL-Zoo evaluated": (5819.0, 664.0)},
     "Walker2d": {"CleanRL": (2288.0, 571.8), "RL-Zoo evaluated": (3479.0, 822.0)},
     "Hopper": {"CleanRL": (2382.9, 271.7), "RL-Zoo evaluated": (2410.0, 10.0)},
+    "InvertedPendulum": {"CleanRL": (963.1, 22.2)},
+    "Humanoid": {"CleanRL": (716.1, 49.1)},
 }
 
 

@@ -2,6 +2,7 @@
 
     python benchmark/throughput.py                  # about ten minutes; leave the machine alone meanwhile
     python benchmark/throughput.py --scenario ppo_atari --repeats 3 --total-timesteps 10240 --name throughput_atari
+    python benchmark/throughput.py --scenario ppo_continuous_action --name throughput_continuous_action
     python benchmark/throughput.py --repeats 1 --total-timesteps 20000 --name trial
 
 Everything is measured in a process of its own, alternating over several rounds, so that ratios compare
@@ -184,7 +185,7 @@ SCENARIOS = {
         num_envs=1,
         num_steps=2048,
         num_minibatches=32,
-        more_envs={},
+        more_envs={8: ("ppo_continuous_action.py", "ppo_continuous_action.py --compile")},
         more_iterations=10,
         sb3=sb3_halfcheetah,
     ),

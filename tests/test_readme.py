@@ -32,6 +32,7 @@ def commands() -> list[str]:
 INSTALL = [command for command in commands() if "pip install" in command]
 TRAIN = [command for command in commands() if command.startswith("python ppo.py")]
 ATARI = [command for command in commands() if command.startswith(("python ppo_atari.py", "torchrun "))]
+CONTINUOUS = [command for command in commands() if command.startswith("python ppo_continuous_action.py")]
 BENCHMARK = [command for command in commands() if command.startswith("python benchmark/")]
 
 
@@ -63,8 +64,8 @@ def patch(folder: Path, diff: str) -> None:
 def test_the_readme_is_complete():
     """A slip in the extraction must not empty the tests below."""
     assert len(INSTALL) == 2 and len(TRAIN) >= 8 and len(BENCHMARK) >= 2 and len(blocks("diff")) == 3
-    assert len(ATARI) >= 4
-    known = INSTALL + TRAIN + ATARI + BENCHMARK + ["tensorboard --logdir runs"]
+    assert len(ATARI) >= 4 and len(CONTINUOUS) >= 4
+    known = INSTALL + TRAIN + ATARI + CONTINUOUS + BENCHMARK + ["tensorboard --logdir runs"]
     assert set(commands()) == set(known), "a command of a new kind needs a test of its own"
     assert "{" not in re.sub(r"```.*?```", "", README, flags=re.DOTALL), "a figure is missing"
 
@@ -118,6 +119,26 @@ def test_ppo_atari_command(clone, pong, command):
         assert list(clone.glob(f"runs/{pong}/videos/*.mp4"))
 
 
+@pytest.fixture(scope="module")
+def pendulum(clone) -> str:
+    """A short run of Pendulum, as the commands want it: its name."""
+    flags = ["--env-id", "Pendulum-v1", "--num-steps", "256", "--total-timesteps", "1", "--eval-episodes", "1"]
+    run(clone, [sys.executable, "ppo_continuous_action.py", *flags])
+    return next((clone / "runs").glob("Pendulum-v1__*__1__*")).name
+
+
+@pytest.mark.parametrize("command", CONTINUOUS)
+def test_ppo_continuous_action_command(clone, pendulum, command):
+    """Each training and evaluating command, with one iteration."""
+    words = shlex.split(command.replace("RUN", pendulum))
+    words[0] = sys.executable
+    if "--evaluate" not in words:
+        words += ["--total-timesteps", "1"]
+    assert "greedy evaluation" in run(clone, [*words, "--eval-episodes", "1"])
+    if "--capture-video" in words:
+        assert list(clone.glob(f"runs/{pendulum}/videos/*.mp4"))
+
+
 def test_tensorboard_command(clone):
     """TensorBoard starts on the runs and serves its page."""
     assert "tensorboard --logdir runs" in commands()
@@ -144,7 +165,7 @@ def test_benchmark_command(clone, command):
         words += ["--repeats", "1", "--total-timesteps", "3072" if "ppo_atari" in command else "10000"]
         throughput = clone / "benchmark" / "throughput.py"  # for Atari, with less than it would accept
         shorter = throughput.read_text().replace("for n in (32, 128)", "for n in (16,)").replace("< 10_000", "< 1")
-        throughput.write_text(shorter.replace("more_iterations=5,", "more_iterations=2,"))
+        throughput.write_text(re.sub(r"more_iterations=(5|10),", "more_iterations=2,", shorter))
     run(clone, words)
 
 
