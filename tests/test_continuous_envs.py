@@ -257,7 +257,7 @@ def test_logged_returns_are_raw(recorded):
         assert curve[f"charts/{name}"] == expected
 
 
-def test_two_environments_in_processes_of_their_own_give_the_same():
+def test_environments_in_processes_of_their_own_give_the_same():
     """With --async-envs: the same curves, weights and statistics, to the bit."""
     flags = {**FLAGS, "learning_rate": 1e-3, "total_timesteps": 2 * N * T}
     one, other = (train(ppo, **flags, async_envs=x, exp_name=str(x)) for x in (False, True))
@@ -269,8 +269,12 @@ def test_two_environments_in_processes_of_their_own_give_the_same():
 # --------------------------------------------------------------------------------- action spaces
 
 
-def assert_takes(actions, monkeypatch, **flags):
-    """Training and evaluation in Spaces with these actions; returns the actions that the environments took."""
+@pytest.mark.filterwarnings("ignore:.*Casting input x:UserWarning")  # gymnasium's own, of an action without shape
+@pytest.mark.parametrize(
+    "actions", ["number", "continuous", "matrix", "unbounded", "half-bounded", "asymmetric", "float64"]
+)
+def test_every_action_space_of_real_numbers_runs(actions, monkeypatch):
+    """The environments get what is within the bounds, to the bit, and both bounds are met where there are such."""
     taken, step, space = [], Spaces.step, Spaces.action_spaces[actions]
 
     def noted(self, action):
@@ -278,20 +282,11 @@ def assert_takes(actions, monkeypatch, **flags):
         return step(self, action)
 
     monkeypatch.setattr(Spaces, "step", noted)
-    flags = {"env_id": "probe_envs:Spaces-v0", "env_kwargs": (f"actions={actions}",), **TINY, **flags}
-    agent = ppo.train(ppo.Args(**flags))
+    flags = {**TINY, "num_steps": 32, "total_timesteps": 64}
+    agent = ppo.train(ppo.Args("probe_envs:Spaces-v0", env_kwargs=(f"actions={actions}",), **flags))
     assert agent.num_actions == math.prod(space.shape)
     assert all(x.shape == space.shape and x.dtype == space.dtype and space.contains(x) for x in taken)
-    return np.array(taken)
-
-
-@pytest.mark.filterwarnings("ignore:.*Casting input x:UserWarning")  # gymnasium's own, of an action without shape
-@pytest.mark.parametrize(
-    "actions", ["number", "continuous", "matrix", "unbounded", "half-bounded", "asymmetric", "float64"]
-)
-def test_every_action_space_of_real_numbers_runs(actions, monkeypatch):
-    """The environments get what is within the bounds, to the bit, and both bounds are met where there are such."""
-    taken, space = assert_takes(actions, monkeypatch, num_steps=32, total_timesteps=64), Spaces.action_spaces[actions]
+    taken = np.array(taken)
     for bound in (space.low, space.high):
         finite = np.isfinite(bound)
         assert ((taken == bound).any(0) == finite).all()
