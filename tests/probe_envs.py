@@ -106,6 +106,19 @@ class Numbered(gym.Env):
         kind = (who + number) % 3
         return 2 + (who + number) % 4, kind in (0, 2), kind in (1, 2)
 
+    @classmethod
+    def simulate(cls, who, num_steps):
+        """What happens where it is reset as soon as an episode ends: row by row observation, next observation,
+        reward, termination, truncation."""
+        rows, number, count = [], 0, 0
+        for _ in range(num_steps):
+            length, terminated, truncated = cls.episode(who, number)
+            ended = count + 1 == length
+            before, after = (who, number, count), (who, number, count + 1)
+            rows.append((before, after, 10 * number + count + 1, ended and terminated, ended and truncated))
+            number, count = (number + 1, 0) if ended else (number, count + 1)
+        return rows
+
     def observe(self):
         self.array[:] = self.me, self.number, self.count
         return self.array if self.reuse else self.array.copy()
@@ -122,6 +135,34 @@ class Numbered(gym.Env):
         length, terminated, truncated = self.episode(self.me, self.number)
         ended = self.count == length
         return self.observe(), 10.0 * self.number + self.count, ended and terminated, ended and truncated, {}
+
+
+class ContinuousNumbered(Numbered):
+    """The same for any two numbers within these bounds, which it ignores."""
+
+    action_space = Box(np.array([-0.5, 0.1], np.float32), np.array([0.25, 2.0], np.float32))
+
+
+class ContinuousChain(Chain):
+    """The same for any number from -1 to 1, which it ignores."""
+
+    action_space = Box(-1, 1, (1,), np.float32)
+
+
+class Target(ByObservation):
+    """One step: the reward is 1 where the action is right, and less by the square of what it is off.
+
+    Right is 0.4; with `follow`, half the observation, which is -1 or 1.
+    """
+
+    action_space = Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, follow=False):
+        self.follow = follow
+
+    def reward(self, action):
+        right = 0.5 * self.observation[0] if self.follow else 0.4
+        return float(1 - (action[0] - right) ** 2)
 
 
 class Faulty(gym.Env):
@@ -184,6 +225,16 @@ class Spaces(gym.Env):
         "single": Discrete(1),
         "continuous": Box(-1, 1, (2,), np.float32),
         "multidiscrete": MultiDiscrete([2, 3]),
+        "number": Box(-1, 1, (), np.float32),
+        "matrix": Box(-1, 1, (2, 3), np.float32),
+        "unbounded": Box(-np.inf, np.inf, (2,), np.float32),
+        "half-bounded": Box(np.array([0.1, -np.inf], np.float32), np.array([np.inf, -0.1], np.float32)),
+        "asymmetric": Box(np.array([-0.1, 0.5], np.float32), np.array([0.3, 2.0], np.float32)),
+        "float64": Box(-0.1, 0.1, (2,), np.float64),
+        "integers": Box(-1, 1, (2,), np.int64),
+        "multibinary": MultiBinary(3),
+        "tuple": Tuple((Box(-1, 1, (2,), np.float32), Discrete(2))),
+        "dict": Dict(force=Box(-1, 1, (2,), np.float32)),
     }
 
     def __init__(self, observations="float64", actions="discrete", render_mode=None):
@@ -222,5 +273,6 @@ class Diary(CartPoleEnv):
         return observation, reward, terminated, truncated, info
 
 
-for env in (Constant, ByObservation, ByAction, ByBoth, Chain, Numbered, Faulty, Spaces, Diary):
+CONTINUOUS = (ContinuousNumbered, ContinuousChain, Target)
+for env in (Constant, ByObservation, ByAction, ByBoth, Chain, Numbered, Faulty, Spaces, Diary, *CONTINUOUS):
     gym.register(f"{env.__name__}-v0", env)

@@ -114,19 +114,6 @@ def test_env_kwargs_reach_the_environment():
 # ---------------------------------------------------------------------- what enters the batch
 
 
-def simulate(who, num_steps):
-    """What happens in an environment `Numbered` that is reset as soon as an episode ends: row by row
-    observation, next observation, reward, termination, truncation."""
-    rows, number, count = [], 0, 0
-    for _ in range(num_steps):
-        length, terminated, truncated = Numbered.episode(who, number)
-        ended = count + 1 == length
-        before, after = (who, number, count), (who, number, count + 1)
-        rows.append((before, after, 10 * number + count + 1, ended and terminated, ended and truncated))
-        number, count = (number + 1, 0) if ended else (number, count + 1)
-    return rows
-
-
 @pytest.mark.parametrize("async_envs", [False, True])
 @pytest.mark.parametrize("reuse", [False, True])
 @pytest.mark.filterwarnings("ignore:.*share an object.*")
@@ -159,7 +146,7 @@ def test_batches_hold_exactly_what_happened(reuse, async_envs, monkeypatch):
     )
     agent = ppo.train(args)
 
-    played = [simulate(Numbered.who(seed), 60) for seed in ppo.env_seeds(3, args.seed, 0, 0)]
+    played = [Numbered.simulate(Numbered.who(seed), 60) for seed in ppo.env_seeds(3, args.seed, 0, 0)]
     assert len({rows[0][0][0] for rows in played}) == 3, "every environment has a seed of its own"
     assert len(gae_inputs) == len(batches) == 3
     for iteration in range(3):

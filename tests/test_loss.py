@@ -1,7 +1,7 @@
 """The loss, its gradient and the steps taken with it: those of the real train(), against independent ones.
 
-train() is run with functions of torch and of ppo.py wrapped, so that what goes in and out can be looked at;
-the functions themselves still do the work.
+Of ppo.py; the gradient also of ppo_continuous_action.py, whose agent is another. train() is run with functions of
+torch and of the script wrapped, so that what goes in and out can be looked at; the functions still do the work.
 """
 
 import copy
@@ -17,15 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ppo
+import ppo_continuous_action
 
 TINY = {"num_envs": 4, "num_steps": 32, "total_timesteps": 256}  # 2 iterations of 16 minibatches of 32
+# One iteration of as many minibatches, so that the statistics at its end are those that it learned with.
+HOPPER = {"env_id": "Hopper-v5", "total_timesteps": 128, "num_minibatches": 4, "update_epochs": 4}
 
 
 @pytest.fixture
 def recorded(monkeypatch):
     """Trains; returns every minibatch, the loss and gradient on it, the weights before it and those at the end."""
 
-    def call(**flags):
+    def call(script=ppo, **flags):
         record = SimpleNamespace(minibatches=[], losses=[], gradients=[], weights=[])
 
         def minibatches(args, batch):
@@ -41,12 +44,12 @@ def recorded(monkeypatch):
             record.gradients.append([x.clone() for x in gradients])
             return gradients
 
-        original_minibatches, original_grad = ppo.minibatches, torch.autograd.grad
+        original_minibatches, original_grad = script.minibatches, torch.autograd.grad
         with monkeypatch.context() as patch:
-            patch.setattr(ppo, "minibatches", minibatches)
+            patch.setattr(script, "minibatches", minibatches)
             patch.setattr(torch.autograd, "grad", grad)
-            record.args = ppo.Args(**{**TINY, "eval_episodes": 1, **flags})
-            record.agent = ppo.train(record.args)
+            record.args = script.Args(**{**TINY, "eval_episodes": 1, **flags})
+            record.agent = script.train(record.args)
         record.weights.append([x.detach().clone() for x in record.agent.parameters()])
         assert len(record.minibatches) == len(record.gradients) > 0
         return record
@@ -114,9 +117,15 @@ def numpy_loss(weights, minibatch, args):
 
 
 def torch_loss(agent, minibatch, args):
-    """The PPO loss once more, with torch's own Categorical, for backward()."""
+    """The PPO loss once more, with torch's own distributions, for backward()."""
     observations, actions, old_logprobs, old_values, advantages, returns = minibatch
-    policy = torch.distributions.Categorical(logits=agent.actor(observations))
+    if isinstance(agent, ppo_continuous_action.Agent):
+        statistics = agent.observation_statistics
+        observations = ((observations - statistics.mean) / statistics.std).clip(-10, 10)
+        components = torch.distributions.Normal(agent.actor(observations), agent.log_std.exp())
+        policy = torch.distributions.Independent(components, 1)
+    else:
+        policy = torch.distributions.Categorical(logits=agent.actor(observations))
     values = agent.critic(observations)[:, 0]
     if args.norm_adv:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -214,9 +223,11 @@ def test_loss_and_gradient_against_numpy(loss_gradient, clip_vloss, norm_adv):
 
 
 @pytest.mark.parametrize("flags", [{}, {"clip_vloss": False, "norm_adv": False, "vf_coef": 1.0, "ent_coef": 0.1}])
-def test_gradients_of_training_are_those_of_backward(recorded, flags):
-    """On every minibatch, loss and gradient are what backward() makes of the loss written with Categorical."""
-    record = recorded(**flags)
+@pytest.mark.parametrize(("script", "task"), [(ppo, {}), (ppo_continuous_action, HOPPER)])
+def test_gradients_of_training_are_those_of_backward(recorded, script, task, flags):
+    """On every minibatch, loss and gradient are what backward() makes of the loss with torch's distributions."""
+    record = recorded(script, **task, **flags)
+    assert len(record.minibatches) == (32 if script is ppo else 16)
     replica = copy.deepcopy(record.agent).double()
     for weights, minibatch, loss, gradients in zip(
         record.weights, record.minibatches, record.losses, record.gradients, strict=False
