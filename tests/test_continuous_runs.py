@@ -377,9 +377,20 @@ def test_mujoco_is_filmed_without_a_display(monkeypatch):
     assert len(list((the_run() / "videos").glob("train-from-0-episode-0.mp4"))) == 1
 
 
-def test_a_display_that_is_not_there_costs_one_line(monkeypatch):
-    """MUJOCO_GL=glfw asks for one. The line says what to do."""
-    code, out, err = film(monkeypatch, MUJOCO_GL="glfw")
+MISSING = [
+    {"MUJOCO_GL": "glfw"},  # asks for a display
+    {"MUJOCO_GL": "no such thing"},
+    pytest.param(
+        {"MUJOCO_GL": "osmesa"},
+        marks=pytest.mark.skipif(bool(ctypes.util.find_library("OSMesa")), reason="it is there"),
+    ),
+]
+
+
+@pytest.mark.parametrize("variables", MISSING)
+def test_what_mujoco_cannot_draw_with_costs_one_line(monkeypatch, variables):
+    """The line says what to do."""
+    code, out, err = film(monkeypatch, **variables)
     assert code == 2
     assert "Traceback" not in out + err
     line = [line for line in err.splitlines() if "error: " in line][-1]
