@@ -175,11 +175,14 @@ def make_envs(args: Args, num_envs: int, video: dict | None = None) -> gym.vecto
         film = video is not None and index == 0
         if film and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
             os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo draws without a display then; it reads this once
+        opengl_hint = "without a display, MuJoCo needs MUJOCO_GL=egl or MUJOCO_GL=osmesa, and that library"
         try:
             env = gym.make(args.env_id, **env_kwargs, **({"render_mode": "rgb_array"} if film else {}))
         except Exception as error:
             if film and "'render_mode'" in str(error):
                 raise UsageError(f"{args.env_id} cannot be filmed: it takes no render_mode") from error
+            if film and isinstance(error, AttributeError | RuntimeError):  # as MuJoCo's import has them
+                raise UsageError(f"{args.env_id} cannot be filmed: {error} ({opengl_hint})") from error
             if not (env_kwargs or isinstance(error, gym.error.Error | ImportError)):
                 raise  # a bug in the environment: its author needs the traceback
             hint = "; for Atari games use ppo_atari.py" if "ALE/" in args.env_id else ""
@@ -207,8 +210,7 @@ def make_envs(args: Args, num_envs: int, video: dict | None = None) -> gym.vecto
                 env.reset(seed=0)
                 env.render()
             except Exception as error:
-                hint = "without a display, MuJoCo needs MUJOCO_GL=egl or MUJOCO_GL=osmesa, and that library"
-                raise UsageError(f"{args.env_id} cannot be filmed: {' '.join(str(error).split())} ({hint})") from error
+                raise UsageError(f"{args.env_id} cannot be filmed: {error} ({opengl_hint})") from error
             env = gym.wrappers.RecordVideo(env, **video)
         return env
 
@@ -218,9 +220,9 @@ def make_envs(args: Args, num_envs: int, video: dict | None = None) -> gym.vecto
 
 
 def within_bounds(actions: np.ndarray, envs: gym.vector.VectorEnv) -> np.ndarray:
-    """Actions [num_envs, num_actions] as the environments take them: clipped to their bounds (detail 26)."""
+    """Actions [num_envs, num_actions] as the environments take them: clipped to their bounds (detail 27)."""
     space = envs.action_space
-    return actions.reshape(space.shape).clip(space.low, space.high)
+    return actions.reshape(space.shape).clip(space.low, space.high).astype(space.dtype, copy=False)
 
 
 def env_seeds(num_envs: int, *key: int) -> list[int]:
@@ -259,9 +261,9 @@ class RunningStatistics(nn.Module):
 
 
 class Agent(nn.Module):
-    """The policy (actor) and the value function (critic), as two networks that share nothing (detail 27).
+    """The policy (actor) and the value function (critic), as two networks that share nothing (detail 26).
 
-    The policy is a normal distribution, its components independent of each other (detail 25) and their
+    The policy is a normal distribution (detail 23), its components independent of each other (detail 25) and their
     standard deviations of the observation (detail 24). Observations are normalized in here, with statistics
     that are saved with the weights (detail 28): a loaded agent sees what the trained one saw.
     """
