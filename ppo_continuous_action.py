@@ -281,7 +281,8 @@ class Agent(nn.Module):
             nn.Tanh(),
             layer_init(nn.Linear(64, self.num_actions), std=0.01),  # so that every action starts near 0
         )
-        self.log_std = nn.Parameter(torch.zeros(self.num_actions))
+        # At first 0.5, since most actions reach from -1 to 1: starting from 1, HalfCheetah gets stuck at 1700.
+        self.log_std = nn.Parameter(torch.full((self.num_actions,), math.log(0.5)))
         self.critic = nn.Sequential(
             layer_init(nn.Linear(num_inputs, 64)),
             nn.Tanh(),

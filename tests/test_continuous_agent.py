@@ -61,7 +61,7 @@ def test_orthogonal_initialisation(agent, network):
 
 def test_it_starts_with_a_standard_deviation_of_1_and_without_statistics(agent):
     """Normalizing changes nothing then, but for what is beyond 10."""
-    assert agent.log_std.tolist() == [0] * ACTIONS
+    torch.testing.assert_close(agent.log_std.exp(), torch.full((ACTIONS,), 0.5))
     observations = torch.randn(20, INPUTS)
     assert torch.equal(agent.normalize(observations), observations)
     assert torch.equal(agent.scale_rewards(observations), observations)
