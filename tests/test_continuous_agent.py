@@ -59,7 +59,7 @@ def test_orthogonal_initialisation(agent, network):
         assert not layer.bias.any()
 
 
-def test_it_starts_with_a_standard_deviation_of_1_and_without_statistics(agent):
+def test_it_starts_with_a_standard_deviation_of_a_half_and_without_statistics(agent):
     """Normalizing changes nothing then, but for what is beyond 10."""
     torch.testing.assert_close(agent.log_std.exp(), torch.full((ACTIONS,), 0.5))
     observations = torch.randn(20, INPUTS)
