@@ -1,0 +1,488 @@
+"""tune.py on the real thing: processes, event files, databases. Most tests tune a small script that trains nothing."""
+
+import itertools
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import optuna
+import pytest
+from helpers import ROOT, alive, curves, descendants, finish, load, wait_until
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.image import imread
+from optuna.trial import TrialState
+
+import ppo
+import tune
+
+# A script in the manner of old forks: argparse, one event per tenth of the run. What it reaches is 100 * skill + seed.
+TOY = """
+import argparse, os, signal, subprocess, sys, time
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+flags = {"env-id": "Toy-v0", "seed": 1, "total-timesteps": 1000, "skill": 0.5, "delay": 0.0, "fail": "no"}
+for flag, default in flags.items():
+    parser.add_argument(f"--{flag}", type=type(default), default=default, help="explained")
+args = parser.parse_args()
+if args.fail == "silent":
+    sys.exit()
+writer = EventFileWriter(f"runs/{args.env_id}__toy__{args.seed}__1")
+for tenth in range(1, 11):
+    values = {"charts/episodic_return": args.skill * 10 * tenth + args.seed, "charts/episodes": 200 * tenth}
+    if args.fail == "nan":
+        values["charts/episodic_return"] = float("nan")
+    summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+    writer.add_event(Event(step=tenth * args.total_timesteps // 10, wall_time=time.time(), summary=summary))
+    writer.flush()
+    if tenth == 5:
+        if args.fail == "exit":
+            sys.exit("RuntimeError: lost the thread")
+        if args.fail == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if args.fail == "hang":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            child = subprocess.Popen(["sleep", "1000"])
+            open("pids", "w").write(f"{os.getpid()} {child.pid}")
+            time.sleep(1000)
+    time.sleep(args.delay)
+writer.close()
+"""
+FAST = "tune.HEARTBEAT, tune.POLL_SECONDS, tune.draw = 1, 0.05, lambda *args: []"
+URL = "sqlite:///runs/optuna.db"
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    """The current folder has the toy; nothing waits for long, and nothing is drawn unless a test asks for it."""
+    Path("toy.py").write_text(TOY)
+    monkeypatch.setattr(tune, "HEARTBEAT", 1)
+    monkeypatch.setattr(tune, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(tune, "draw", lambda *args: [])
+
+
+def trials_of(name: str, url: str = URL) -> list:
+    return optuna.load_study(study_name=name, storage=url).trials
+
+
+def counted(name: str, url: str = URL) -> list:
+    """The finished trials that count."""
+    return tune.tally(optuna.load_study(study_name=name, storage=url))[0]
+
+
+def pids_of_runs(process) -> set[int]:
+    """The runs that a worker has started."""
+    return descendants(process.pid)
+
+
+# ------------------------------------------------------------------------------------ whole studies
+
+
+def test_a_study_of_ppo_end_to_end(command_line, monkeypatch):
+    """Values are those of the event files, the best line does the same when pasted, and the pictures are pictures."""
+    monkeypatch.undo()  # as a user has it, pictures included
+    flags = ["--script", ROOT / "ppo.py", "--n-trials", 3, "--seeds", 1, 2, "--confirm", 0]
+    flags += ["--space", "learning_rate=log:1e-3:1e-2", "num_steps=choice:64,128"]
+    fixed = ["--total-timesteps", 1024, "--eval-episodes", 1]
+    os.chdir(tempfile.mkdtemp())
+    code, out, err = command_line(*flags, "--", *fixed, script=tune)
+    assert code == 0, err
+    folder = Path("runs", "ppo__CartPole-v1")
+
+    trials = counted("ppo__CartPole-v1")
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 3
+    assert trials[0].user_attrs["defaults"] and trials[0].params == {"learning_rate": 1e-3, "num_steps": 128}
+    for trial in trials:
+        returns = []
+        for seed in (1, 2):
+            (run,) = (folder / f"trial-{trial.number}" / f"seed-{seed}" / "runs").iterdir()
+            made_with = load(run)["args"]
+            assert made_with["seed"] == seed and made_with["total_timesteps"] == 1024
+            assert {name: made_with[name] for name in trial.params} == trial.params
+            logged = curves(run)
+            episodes, before = [], 0
+            for (_, mean), (_, number) in zip(logged["charts/episodic_return"], logged["charts/episodes"], strict=True):
+                episodes += [mean] * int(number - before)
+                before = number
+            returns.append(np.mean(episodes[-100:]))
+        assert trial.user_attrs["returns"] == pytest.approx(returns)
+        assert trial.value == pytest.approx(np.mean(returns))
+        assert trial.intermediate_values[2048] == trial.value
+        assert trial.user_attrs["steps"] == 2048
+
+    best = max(trials, key=lambda trial: trial.value)
+    assert f"{best.value:.2f} ± {np.std(best.user_attrs['returns']):.2f} over the seeds 1, 2" in out
+    assert "3 complete" in out and "saved 0%" in out
+    line = next(line for line in out.splitlines() if line.startswith("    python "))
+    subprocess.run([sys.executable, *shlex.split(line)[1:], "--seed", "1"], check=True, capture_output=True)
+    (pasted,) = Path("runs").glob("CartPole-v1__ppo__1__*")
+    (trained,) = (folder / f"trial-{best.number}" / "seed-1" / "runs").iterdir()
+    assert curves(pasted) == curves(trained)
+
+    for name in ("history", "intermediate", "importances", "slices", "contour"):
+        picture = imread(folder / f"{name}.png")
+        assert min(picture.shape[:2]) > 150 and picture.std() > 0.02, "it shows something"
+    report = (folder / "report.md").read_text()
+    assert "contour.png" in report and line in report
+
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("events.*")}
+    assert command_line(*flags, "--", *fixed, script=tune).code == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("events.*")} == before, "nothing was run again"
+    shutil.rmtree(Path.cwd())
+
+
+def test_a_fork_with_a_flag_of_its_own(command_line):
+    """The flag is found in its --help and reaches its network; what it lacks is not tuned by default."""
+    text = (ROOT / "ppo.py").read_text()
+    text = text.replace("    device: str", '    hidden: int = 64\n    """width"""\n    device: str', 1)
+    text = text.replace("Agent(envs)", "Agent(envs, args.hidden)")
+    text = text.replace("envs: gym.vector.VectorEnv) -> None:", "envs: gym.vector.VectorEnv, H: int = 64) -> None:")
+    Path("fork.py").write_text(text.replace(", 64)", ", H)").replace("Linear(64,", "Linear(H,"))
+    flags = ["--script", "fork.py", "--n-trials", 2, "--seeds", 3, "--confirm", 0, "--space", "hidden=int:7:9"]
+    result = command_line(*flags, "--", "--total-timesteps", 512, "--eval-episodes", 1, script=tune)
+    assert result.code == 0, result.err
+    default, other = counted("fork__CartPole-v1")
+    assert default.params == {}, "64 is outside of 7 to 9, so Optuna is not told, but it is run all the same"
+    for trial, width in ((default, 64), (other, other.params["hidden"])):
+        (run,) = Path("runs", "fork__CartPole-v1", f"trial-{trial.number}", "seed-3", "runs").iterdir()
+        assert load(run)["agent"]["actor.0.weight"].shape == (width, 4)
+
+
+def test_a_hopeless_trial_is_ended_with_all_its_processes(command_line, monkeypatch):
+    """Also one that ignores SIGTERM. All trials are worse than the defaults, and hang at half of their steps."""
+    monkeypatch.setattr(tune, "STARTUP", 1)
+    monkeypatch.setattr(tune, "TERM_SECONDS", 0.5)
+    flags = ["--script", "toy.py", "--n-trials", 3, "--seeds", 1, 2, "--confirm", 0]
+    flags += ["--space", "skill=float:0:0.1", "fail=choice:hang"]
+    Path("toy.py").write_text(TOY.replace('args.fail == "hang"', "args.skill < 0.5"))
+    result = command_line(*flags, script=tune)
+    assert result.code == 0, result.err
+    default, *others = counted("toy__Toy-v0")
+    assert default.state == TrialState.COMPLETE and default.value == 50 + 1.5
+    for trial in others:
+        assert trial.state == TrialState.PRUNED
+        assert trial.user_attrs["steps"] == 500, "of 2 x 1000"
+        assert trial.last_step == 300 or trial.last_step <= 500
+        pids = Path("runs", "toy__Toy-v0", f"trial-{trial.number}", "seed-1", "pids")
+        if pids.exists():  # else it was stopped before it hung
+            assert not any(alive(int(pid)) for pid in pids.read_text().split())
+        assert not Path("runs", "toy__Toy-v0", f"trial-{trial.number}", "seed-2").exists()
+    assert "saved 50% of the steps (3,000 of 6,000)" in result.out
+    assert "2 pruned" in result.out
+
+
+@pytest.mark.parametrize(
+    ("fail", "words"),
+    [("exit", "exit code 1: RuntimeError: lost the thread"), ("nan", "its return is nan"), ("kill", "SIGKILL")],
+)
+def test_what_fails_is_a_trial_not_the_study(command_line, fail, words):
+    flags = ["--script", "toy.py", "--n-trials", 5, "--seeds", 1, "--confirm", 0, "--space", f"fail=choice:{fail}"]
+    result = command_line(*flags, script=tune)
+    assert result.code == 0, result.err
+    trials = counted("toy__Toy-v0")
+    assert len(trials) == 5
+    for trial in trials:
+        failed = trial.params["fail"] == fail
+        assert trial.state == (TrialState.FAIL if failed else TrialState.COMPLETE)
+        assert not failed or words in trial.user_attrs["reason"]
+    assert trials[0].user_attrs["defaults"] and trials[0].params["fail"] != fail
+
+
+def test_the_best_is_confirmed_on_fresh_seeds(command_line):
+    """Both on seeds that the study had not, and only once; the toy's returns are 100 * skill + seed."""
+    flags = ["--script", "toy.py", "--n-trials", 2, "--seeds", 1, 2, "--space", "skill=float:0.8:1"]
+    result = command_line(*flags, "--confirm", 4, "--n-jobs", 2, script=tune)
+    assert result.code == 0, result.err
+    best = max(counted("toy__Toy-v0"), key=lambda trial: trial.value)
+    assert "| the script's defaults | 54.50 | 1.12 | 53.00, 54.00, 55.00, 56.00 |" in result.out
+    assert f"Trial 1 is significantly better than the defaults: +{best.params['skill'] * 100 - 50:.2f}" in result.out
+    assert "p = 0.029" in result.out, "2 of 70 ways to deal out 8 returns are as extreme"
+    assert len(list(Path("runs", "toy__Toy-v0").glob("confirm*/*"))) == 8
+    again = command_line("--report", "toy__Toy-v0", script=tune)
+    assert again.code == 0 and result.out.partition("# toy")[2] == again.out.partition("# toy")[2]
+
+
+# ------------------------------------------------------------------------- interrupted, and many workers
+
+
+def slow_study(n_trials: int, *more) -> list:
+    flags = ["--script", "toy.py", "--n-trials", n_trials, "--seeds", 1, "--confirm", 0, *more]
+    return [*flags, "--space", "skill=float:0:1", "--", "--delay"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_the_runs_and_the_same_line_goes_on(start, command_line, signum):
+    hearing = "signal.signal(signal.SIGTERM, signal.default_int_handler)"  # as under __main__
+    process = start(*slow_study(4, "--n-jobs", 2), 100, script="tune", setup=f"{FAST}\n{hearing}")
+    wait_until(lambda: len(list(Path("runs").glob("*/*/*/runs/*/events*"))) == 2, "two trials run")
+    pids = pids_of_runs(process)
+    process.send_signal(signum)
+    code, _, err = finish(process)
+    assert code == 130 and "the same command goes on" in err
+    assert len(pids) >= 2 and not any(alive(pid) for pid in pids)
+    stopped = [trial for trial in trials_of("toy__Toy-v0") if trial.state == TrialState.FAIL]
+    assert [trial.user_attrs["reason"] for trial in stopped] == ["interrupted"] * 2
+
+    Path("toy.py").write_text(TOY.replace("time.sleep(args.delay)", ""))
+    assert command_line(*slow_study(4), 100, script=tune).code == 2, "that is another version of the script"
+    Path("toy.py").write_text(TOY)
+    study = optuna.load_study(study_name="toy__Toy-v0", storage=URL)
+    study.set_user_attr("made_with", study.user_attrs["made_with"] | {"flags": "--delay 0"})  # not to wait so long
+    result = command_line(*slow_study(4), 0, script=tune)
+    assert result.code == 0, result.err
+    trials = counted("toy__Toy-v0")
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 4
+    assert [trial.user_attrs.get("instead_of") for trial in trials] == [0, 1, None, None]
+    assert trials[0].user_attrs["defaults"] and trials[1].params == stopped[1].params
+
+
+def test_trials_of_a_killed_worker_are_run_again(start, command_line):
+    process = start(*slow_study(3), 0.2, script="tune", setup=FAST)
+    wait_until(lambda: list(Path("runs").glob("*/trial-1/seed-1/runs/*/events*")), "the second trial runs")
+    pids = pids_of_runs(process)
+    process.kill()
+    process.wait()
+    if sys.platform == "linux":
+        wait_until(lambda: not any(alive(pid) for pid in pids), "its run has ended, too")
+    assert trials_of("toy__Toy-v0")[1].state == TrialState.RUNNING
+    result = command_line(*slow_study(3), 0.2, script=tune)
+    assert result.code == 0, result.err
+    first, lost, *others = trials_of("toy__Toy-v0")
+    assert first.state == TrialState.COMPLETE and lost.state == TrialState.FAIL
+    (again,) = (trial for trial in others if trial.user_attrs.get("instead_of") == 1)
+    assert again.state == TrialState.COMPLETE and again.params == lost.params
+    assert len(counted("toy__Toy-v0")) == 3
+
+
+@pytest.fixture
+def postgresql():
+    """The URL of a database of its own, in a server that is started for it."""
+    found = shutil.which("initdb") or next(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")), None)
+    if found is None:
+        pytest.skip("PostgreSQL is not installed")
+    pytest.importorskip("psycopg", reason="psycopg, Python's PostgreSQL driver, is not installed")
+    bin_folder, user = Path(found).resolve().parent, {}
+    folder = Path(tempfile.mkdtemp())
+    if os.getuid() == 0:  # PostgreSQL refuses to run as root
+        import pwd
+
+        try:
+            user = {"user": pwd.getpwnam("postgres").pw_uid, "cwd": "/"}
+        except KeyError:
+            pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
+        os.chown(folder, user["user"], -1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def call(program: str, *flags: str) -> None:
+        output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "stdin": subprocess.DEVNULL}
+        subprocess.run([bin_folder / program, "-D", folder / "data", *flags], check=True, timeout=120, **output, **user)
+
+    call("initdb", "-A", "trust", "-U", "tuner", "--no-sync")
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
+    call("pg_ctl", "-w", "-l", str(folder / "log"), "-o", options, "start")
+    yield f"postgresql+psycopg://tuner@127.0.0.1:{port}/postgres"
+    call("pg_ctl", "-m", "immediate", "stop")
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_two_workers_on_one_study(start, database, request):
+    """Started at once on an empty database, they make the study once and share its trials."""
+    url = URL if database == "sqlite" else request.getfixturevalue("postgresql")
+    workers = [start("--storage", url, *slow_study(6), 0.1, script="tune", setup=FAST) for _ in range(2)]
+    results = [finish(worker) for worker in workers]
+    assert [result.code for result in results] == [0, 0], results
+    trials = counted("toy__Toy-v0", url)
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 6
+    assert [trial.user_attrs.get("defaults", False) for trial in trials] == [True] + [False] * 5
+    said = [{line.split()[1] for line in out.splitlines() if line.startswith("trial ")} for _, out, _ in results]
+    assert said[0] and said[1] and not said[0] & said[1]
+    assert said[0] | said[1] == {f"{trial.number}:" for trial in trials}
+
+
+# ------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--script", "no.py"], ["no.py"]),
+        (["--script", "broken.py"], ["broken.py --help", "SyntaxError"]),
+        (["--script", "stranger.py"], ["--env-id"]),
+        (["--", "--no-such-flag", 1], ["--no-such-flag"]),
+        (["--", "--seed", 1], ["--seeds"]),
+        (["--", "--total-timesteps", "few"], ["--total-timesteps", "few"]),
+        (["--space", "no_such_flag=choice:1,2"], ["--no-such-flag"]),
+        (["--space", "skill"], ["skill", "choice"]),
+        (["--space", "learning_rate"], ["--learning-rate"]),
+        (["--space", "skill=1:2"], ["skill=1:2", "log:LOW:HIGH"]),
+        (["--space", "skill=log:0:1"], ["skill=log:0:1"]),
+        (["--space", "skill=float:2:1"], ["LOW must be below HIGH"]),
+        (["--space", "seed=int:1:5"], ["seed"]),
+        (["--space", "skill=float:0:1", "--", "--skill", 1], ["skill"]),
+        ([], ["nothing to tune"]),
+        (["--seeds", 1, 1], ["--seeds"]),
+        (["--confirm", 1], ["--confirm"]),
+        (["--n-trials", 0], ["--n-trials"]),
+        (["--study", "a/b"], ["a/b"]),
+        (["--space", "skill=float:0:1", "--storage", "nonsense"], ["--storage nonsense"]),
+        (["--space", "skill=float:0:1", "--storage", "sqlite:////no/such/folder/x.db"], ["unable to open"]),
+        (
+            ["--space", "skill=float:0:1", "--storage", "postgresql+psycopg://u:secret@127.0.0.1:1/x"],
+            ["u:***@127.0.0.1"],
+        ),
+        (["--report", "no_such_study"], ["no_such_study"]),
+        (["--space", "skill=float:0:1", "--", "--fail", "silent"], ["charts/episodic_return", "defaults"]),
+        (["--space", "skill=float:0:1", "--", "--fail", "exit"], ["lost the thread", "defaults"]),
+    ],
+)
+def test_bad_input_gets_one_line(command_line, flags, words):
+    Path("broken.py").write_text("1 +")
+    Path("stranger.py").write_text("import argparse\nargparse.ArgumentParser().parse_args()")
+    script = [] if "--script" in flags else ["--script", "toy.py"]
+    code, out, err = command_line(*script, *flags, script=tune)
+    lines = [line for line in err.splitlines() if "%|" not in line]  # not the progress bar
+    assert code == 2 and len(lines) == 1, err
+    assert lines[0].startswith("tune.py: error: ")
+    for word in words:
+        assert word in lines[0]
+    assert "secret" not in err and "Traceback" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ([["--space", "skill=float:0:0.9"]], "another --space"),
+        ([["--seeds", 2]], "seeds [1], not [2]"),
+        ([["--env-id", "Other-v0"]], "env_id 'Toy-v0', not 'Other-v0'"),
+        ([["--", "--delay", 0.1]], "flags"),
+    ],
+)
+def test_a_study_made_with_other_parameters_says_so(command_line, changes, words):
+    flags = {"--space": ["skill=float:0:1"], "--seeds": [1], "--env-id": ["Toy-v0"], "--": []}
+    line = ["--script", "toy.py", "--study", "mine", "--n-trials", 1, "--confirm", 0]
+    assert command_line(*line, *itertools.chain(*([k, *v] for k, v in flags.items())), script=tune).code == 0
+    flags |= {change[0]: change[1:] for change in changes}
+    result = command_line(*line, *itertools.chain(*([k, *v] for k, v in flags.items())), script=tune)
+    assert result.code == 2 and words in result.err and "mine" in result.err
+
+
+# ------------------------------------------------------------------------------------------- the parts
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory) -> dict[str, tune.Script]:
+    toy = tmp_path_factory.mktemp("scripts") / "toy.py"
+    toy.write_text(TOY)
+    return {"ppo": tune.Script(ROOT / "ppo.py", None, ["--total-timesteps", "9999"]), "toy": tune.Script(toy, "E", [])}
+
+
+def test_flags_and_defaults_are_read_from_the_help(scripts):
+    """Of tyro's boxes, and of argparse's."""
+    known = {name: value for name, value in vars(ppo.Args()).items() if name != "env_kwargs"}
+    assert {name: scripts["ppo"].defaults[name] for name in known} == known
+    assert scripts["ppo"].words({"clip_vloss": False, "gamma": 0.9, "target_kl": None, "anneal_lr": True}) == (
+        ["--no-clip-vloss", "--gamma", "0.9", "--target-kl", "None", "--anneal-lr"]
+    )
+    toy = {"env_id": "Toy-v0", "seed": 1, "total_timesteps": 1000, "skill": 0.5, "delay": 0.0, "fail": "no"}
+    assert scripts["toy"].defaults == toy
+
+
+def test_the_search_space(scripts):
+    """The default one, from a file, by name, and with the script's default among the choices."""
+    everything = tune.read_space((), scripts["ppo"])
+    assert list(everything) == list(tune.SPACE)
+    for name, kind in everything.items():
+        assert kind._contains(kind.to_internal_repr(scripts["ppo"].defaults[name])), f"the default of {name}"
+    Path("space.txt").write_text("# mine\ngamma=choice:0.9, 0.8\n\nlearning_rate  # as it is\n")
+    assert tune.read_space(("space.txt", "num-steps=int:1:9"), scripts["ppo"]) == {
+        "gamma": optuna.distributions.CategoricalDistribution((0.8, 0.9, 0.99)),
+        "learning_rate": everything["learning_rate"],
+        "num_steps": optuna.distributions.IntDistribution(1, 9),
+    }
+    with pytest.raises(tune.UsageError, match="split evenly"):
+        tune.read_space(("num_steps=int:1:3", "num_minibatches=int:13:20"), scripts["ppo"])
+
+
+small = st.integers(1, 40)
+
+
+@given(small, small, small)
+@settings(deadline=None)
+def test_what_can_run_runs(scripts, num_envs, num_steps, num_minibatches):
+    sizes = {"num_envs": num_envs, "num_steps": num_steps, "num_minibatches": num_minibatches}
+    fits = 4 * num_envs * num_steps <= 9999
+    try:
+        good = ppo.Args(**sizes).minibatch_size > 1
+    except ppo.UsageError:
+        good = False
+    assert scripts["ppo"].can_run(sizes) == (good and fits)
+
+
+@pytest.mark.filterwarnings("ignore:.*heartbeat:UserWarning", "ignore:Heartbeat:UserWarning")
+def test_only_what_can_run_is_drawn(scripts):
+    """By chance at first, by TPE later; most combinations of this space do not split evenly."""
+    items = ("num_envs=int:1:9", "num_steps=int:20:50", "num_minibatches=int:2:9", "learning_rate=log:1e-5:1e-1")
+    space = tune.read_space(items, scripts["ppo"])
+    Path("runs").mkdir()
+    sampler = tune.Sampler(scripts["ppo"], space, tune.open_storage("sqlite://"))
+    study = optuna.create_study(sampler=sampler, storage=sampler.storage, direction="maximize")
+    for _ in range(30):
+        trial = tune.next_trial(study, 100)
+        assert scripts["ppo"].can_run(trial.params)
+        assert float(f"{trial.params['learning_rate']:.3g}") == trial.params["learning_rate"]
+        study.tell(trial, trial.params["num_steps"])
+
+
+@given(st.lists(st.tuples(st.floats(-500, 500), st.integers(1, 60)), min_size=1, max_size=20))
+def test_the_mean_of_the_last_episodes(events):
+    """Against every episode written out, with the mean of its event."""
+    episodes = [mean for mean, count in events for _ in range(count)]
+    expected = np.mean(episodes[-100:])
+    returns, counts = (np.array(column, float) for column in zip(*events, strict=True))
+    assert tune.mean_of_last(returns, counts) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_lucky_first_seed_does_not_protect_a_trial():
+    """The pruner compares the latest values, at the same step, and never stops the defaults."""
+    pruner = tune.Pruner(total_timesteps=100)
+    study = optuna.create_study(direction="maximize", pruner=pruner)
+    for _ in range(tune.STARTUP):
+        study.add_trial(optuna.trial.create_trial(value=10, intermediate_values={10: 9, 50: 9, 100: 9, 150: 9}))
+    trial = study.ask()
+    decisions = []
+    for step, value in ((10, 0), (50, 99), (100, 99), (120, 0), (150, 8)):
+        trial.report(value, step)
+        decisions.append(trial.should_prune())
+    assert decisions == [False, False, False, False, True]
+    trial.set_user_attr("defaults", True)
+    assert not trial.should_prune()
+
+
+def verdict(new, old) -> str:
+    both = {"trial": 7, "best": dict(enumerate(new)), "defaults": dict(enumerate(old))}
+    both = {key: {str(k): v for k, v in value.items()} if key != "trial" else value for key, value in both.items()}
+    study = SimpleNamespace(user_attrs={"confirmed": both})
+    return tune.make_verdict(study, SimpleNamespace(number=7, user_attrs={})).splitlines()[-1]
+
+
+def test_the_verdict():
+    """Exact shares of the 252 ways to deal out ten returns."""
+    assert "significantly better than the defaults: +5.00, p = 0.008" in verdict([6, 7, 8, 9, 10], [1, 2, 3, 4, 5])
+    assert "not significantly better" in verdict([5, 6, 7, 8, 1], [2, 3, 4, 5, 6])
+    assert "significantly worse" in verdict([1, 2, 3, 4, 5], [6, 7, 8, 9, 10])
+    assert "p = 1.000" in verdict([500] * 5, [500] * 5)
+    assert "no verdict" in verdict([1, None], [2, 3])
