@@ -57,6 +57,7 @@ SPACE = {
     "vf_coef": "float:0.2:1.0",
     "max_grad_norm": "choice:0.3,0.5,1.0,2.0,5.0",
 }
+SIZES = ("num_envs", "num_steps", "num_minibatches")  # which must fit each other: see Script.can_run
 REPORTS = 20  # how often in a run its return is compared with those of the other trials
 WARMUP = 5  # of these, how many pass in a trial's first run before it can be stopped
 STARTUP = 5  # other trials must have come as far before one can be stopped
@@ -185,10 +186,10 @@ class Script:
 
         Steps are rounded up to whole iterations: with four or more, by less than a third.
         """
-        sizes = {**self.defaults, **self.fixed, **params}
-        sizes = [sizes.get(name) for name in ("num_envs", "num_steps", "num_minibatches")]
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
-            return True  # a script with other flags: its rules are not known
+        values = {**self.defaults, **self.fixed, **params}
+        sizes = [values.get(name) for name in SIZES]
+        if not any(name in params for name in SIZES) or not all(isinstance(size, int) and size > 0 for size in sizes):
+            return True  # it is not for the search to decide, or a script with other flags and rules of its own
         num_envs, num_steps, num_minibatches = sizes
         batch = num_envs * num_steps
         return batch % num_minibatches == 0 and batch >= 2 * num_minibatches and 4 * batch <= self.total_timesteps
@@ -222,7 +223,7 @@ def read_space(items: tuple[str, ...], script: Script) -> dict[str, BaseDistribu
     if not space:
         raise UsageError("there is nothing to tune: name flags of the script with --space")
 
-    sizes = {name: space[name] for name in ("num_envs", "num_steps", "num_minibatches") if name in space}
+    sizes = {name: space[name] for name in SIZES if name in space}
     options = [
         distribution.choices
         if isinstance(distribution, CategoricalDistribution)
@@ -468,18 +469,22 @@ def open_storage(url: str) -> optuna.storages.RDBStorage:
     """Connect to the database. Raises UsageError."""
     if url == Args.storage:
         Path("runs").mkdir(exist_ok=True)
-    try:
-        return optuna.storages.RDBStorage(
-            url,
-            engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {},  # others may write
-            heartbeat_interval=HEARTBEAT,
-            grace_period=3 * HEARTBEAT,
-            heartbeat_stale_trial_callback=run_again_if_its_worker_died,
-        )
-    except Exception as error:  # a database's driver can raise nearly anything
-        reason = " ".join(str(error).split("(Background")[0].split()) or type(error).__name__
-        shown = re.sub(r"(//[^:@/]*):[^@/]*@", r"\1:***@", url)  # without the password
-        raise UsageError(f"--storage {shown} cannot be used: {reason}") from error
+    for attempt in range(10):
+        try:
+            return optuna.storages.RDBStorage(
+                url,
+                engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {},  # others may write
+                heartbeat_interval=HEARTBEAT,
+                grace_period=3 * HEARTBEAT,
+                heartbeat_stale_trial_callback=run_again_if_its_worker_died,
+            )
+        except Exception as error:  # a database's driver can raise nearly anything
+            reason = " ".join(str(error).split("(Background")[0].split()) or type(error).__name__
+            if re.search("already exists|unique", reason, re.IGNORECASE) and attempt < 9:
+                time.sleep(0.5)  # another worker, started at the same time, is making the tables
+                continue
+            shown = re.sub(r"(//[^:@/]*):[^@/]*@", r"\1:***@", url)  # without the password
+            raise UsageError(f"--storage {shown} cannot be used: {reason}") from error
 
 
 def open_study(args: Args, script: Script, space: dict[str, BaseDistribution]) -> optuna.Study:

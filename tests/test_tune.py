@@ -59,8 +59,9 @@ for tenth in range(1, 11):
     time.sleep(args.delay)
 writer.close()
 """
-FAST = "tune.HEARTBEAT, tune.POLL_SECONDS, tune.draw = 1, 0.05, lambda *args: []"
+FAST = "tune.HEARTBEAT, tune.POLL_SECONDS, tune.STARTUP, tune.draw = 1, 0.05, 99, lambda *args: []"
 URL = "sqlite:///runs/optuna.db"
+DRAW = tune.draw
 
 
 @pytest.fixture(autouse=True)
@@ -81,21 +82,15 @@ def counted(name: str, url: str = URL) -> list:
     return tune.tally(optuna.load_study(study_name=name, storage=url))[0]
 
 
-def pids_of_runs(process) -> set[int]:
-    """The runs that a worker has started."""
-    return descendants(process.pid)
-
-
 # ------------------------------------------------------------------------------------ whole studies
 
 
 def test_a_study_of_ppo_end_to_end(command_line, monkeypatch):
     """Values are those of the event files, the best line does the same when pasted, and the pictures are pictures."""
-    monkeypatch.undo()  # as a user has it, pictures included
+    monkeypatch.setattr(tune, "draw", DRAW)
     flags = ["--script", ROOT / "ppo.py", "--n-trials", 3, "--seeds", 1, 2, "--confirm", 0]
     flags += ["--space", "learning_rate=log:1e-3:1e-2", "num_steps=choice:64,128"]
     fixed = ["--total-timesteps", 1024, "--eval-episodes", 1]
-    os.chdir(tempfile.mkdtemp())
     code, out, err = command_line(*flags, "--", *fixed, script=tune)
     assert code == 0, err
     folder = Path("runs", "ppo__CartPole-v1")
@@ -139,7 +134,6 @@ def test_a_study_of_ppo_end_to_end(command_line, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("events.*")}
     assert command_line(*flags, "--", *fixed, script=tune).code == 0
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("events.*")} == before, "nothing was run again"
-    shutil.rmtree(Path.cwd())
 
 
 def test_a_fork_with_a_flag_of_its_own(command_line):
@@ -173,7 +167,6 @@ def test_a_hopeless_trial_is_ended_with_all_its_processes(command_line, monkeypa
     for trial in others:
         assert trial.state == TrialState.PRUNED
         assert trial.user_attrs["steps"] == 500, "of 2 x 1000"
-        assert trial.last_step == 300 or trial.last_step <= 500
         pids = Path("runs", "toy__Toy-v0", f"trial-{trial.number}", "seed-1", "pids")
         if pids.exists():  # else it was stopped before it hung
             assert not any(alive(int(pid)) for pid in pids.read_text().split())
@@ -226,7 +219,7 @@ def test_ctrl_c_ends_the_runs_and_the_same_line_goes_on(start, command_line, sig
     hearing = "signal.signal(signal.SIGTERM, signal.default_int_handler)"  # as under __main__
     process = start(*slow_study(4, "--n-jobs", 2), 100, script="tune", setup=f"{FAST}\n{hearing}")
     wait_until(lambda: len(list(Path("runs").glob("*/*/*/runs/*/events*"))) == 2, "two trials run")
-    pids = pids_of_runs(process)
+    pids = descendants(process.pid)
     process.send_signal(signum)
     code, _, err = finish(process)
     assert code == 130 and "the same command goes on" in err
@@ -250,7 +243,7 @@ def test_ctrl_c_ends_the_runs_and_the_same_line_goes_on(start, command_line, sig
 def test_trials_of_a_killed_worker_are_run_again(start, command_line):
     process = start(*slow_study(3), 0.2, script="tune", setup=FAST)
     wait_until(lambda: list(Path("runs").glob("*/trial-1/seed-1/runs/*/events*")), "the second trial runs")
-    pids = pids_of_runs(process)
+    pids = descendants(process.pid)
     process.kill()
     process.wait()
     if sys.platform == "linux":
@@ -432,7 +425,7 @@ def test_what_can_run_runs(scripts, num_envs, num_steps, num_minibatches):
     assert scripts["ppo"].can_run(sizes) == (good and fits)
 
 
-@pytest.mark.filterwarnings("ignore:.*heartbeat:UserWarning", "ignore:Heartbeat:UserWarning")
+@pytest.mark.filterwarnings("ignore:Argument ``heartbeat", "ignore:Heartbeat of storage")
 def test_only_what_can_run_is_drawn(scripts):
     """By chance at first, by TPE later; most combinations of this space do not split evenly."""
     items = ("num_envs=int:1:9", "num_steps=int:20:50", "num_minibatches=int:2:9", "learning_rate=log:1e-5:1e-1")
