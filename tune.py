@@ -102,11 +102,13 @@ class Args:
                 raise UsageError(f"a study's name becomes the name of a folder, which {name!r} cannot be")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise UsageError("--seeds needs at least one seed, 0 or more, and none twice")
-        for flag, value, least in (("n-trials", self.n_trials, 1), ("n-jobs", self.n_jobs, 1)):
-            if value < least:
-                raise UsageError(f"--{flag} must be at least {least}, not {value}")
-        if self.confirm < 0 or self.confirm == 1:
-            raise UsageError(f"--confirm needs at least 2 seeds to compare (or 0 to skip it), not {self.confirm}")
+        for flag, value in (("n-trials", self.n_trials), ("n-jobs", self.n_jobs)):
+            if value < 1:
+                raise UsageError(f"--{flag} must be at least 1, not {value}")
+        if self.confirm != 0 and self.confirm < 4:
+            raise UsageError(
+                f"--confirm needs 4 seeds or more (or 0 to skip it): {self.confirm} could not show anything"
+            )
         if self.report is None and not self.script.is_file():
             raise UsageError(f"there is no script {self.script}")
 
@@ -128,15 +130,13 @@ class Script:
     def __init__(self, path: Path, env_id: str | None, fixed_flags: list[str]) -> None:
         """Raises UsageError where this is no script to tune, or it has no such flags."""
         self.path, self.fixed_flags = path, fixed_flags
-        environment = {**os.environ, "NO_COLOR": "1"}
-        command = [sys.executable, str(path), "--help"]
-        told = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
+        told = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True)
         if told.returncode != 0:
             raise UsageError(f"{path} --help fails: {last_line(told.stdout + told.stderr)}")
         # tyro draws boxes, argparse does not; in both a flag stands at the left, and what explains it to the right.
         lines = [line.strip("│|").rstrip() for line in told.stdout.splitlines()]
         starts = [i for i, line in enumerate(lines) if re.match(r" {0,4}(-\w[^-]*)?--\w", line)] + [len(lines)]
-        self.flags, self.switches, self.defaults = {}, {}, {}
+        self.flags, self.switches, self.defaults = {}, {}, {}  # by name; a switch is --no-NAME
         for start, end in itertools.pairwise(starts):
             text = " ".join(line.strip() for line in lines[start:end])
             flag, *others = re.findall(r"(?<![\w-])--[\w-]+", re.split(r"\s{2,}", lines[start].strip())[0])
@@ -154,9 +154,10 @@ class Script:
         for i, word in enumerate(fixed_flags):
             if not word.startswith("--"):
                 continue
-            flag, _, value = word.replace("_", "-").partition("=")
-            switched_off = {switch.replace("_", "-"): name for name, switch in self.switches.items()}
-            name = switched_off.get(flag, flag.strip("-").replace("-", "_"))
+            flag, _, value = word.partition("=")
+            name = flag.strip("-").replace("-", "_")
+            if f"--{name.replace('_', '-')}" in self.switches.values():
+                name = name.removeprefix("no_")
             if name not in self.flags:
                 raise UsageError(f"{path} has no flag {flag}")
             if name in ("env_id", "seed"):
@@ -224,12 +225,7 @@ def read_space(items: tuple[str, ...], script: Script) -> dict[str, BaseDistribu
         raise UsageError("there is nothing to tune: name flags of the script with --space")
 
     sizes = {name: space[name] for name in SIZES if name in space}
-    options = [
-        distribution.choices
-        if isinstance(distribution, CategoricalDistribution)
-        else range(int(distribution.low), int(distribution.high) + 1)
-        for distribution in sizes.values()
-    ]
+    options = [getattr(kind, "choices", None) or range(int(kind.low), int(kind.high) + 1) for kind in sizes.values()]
     if not any(script.can_run(dict(zip(sizes, values, strict=True))) for values in itertools.product(*options)):
         rule = "num_envs * num_steps must split evenly into minibatches of at least two samples"
         raise UsageError(f"--space: {rule}, and fit four times into {script.total_timesteps:,} steps: nothing does")
@@ -252,7 +248,7 @@ def read_distribution(name: str, spec: str, defaults: dict) -> BaseDistribution:
         if kind == "int":
             return IntDistribution(int(low), int(high))
         return FloatDistribution(low, high, log={"float": False, "log": True}[kind])
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         syntax = "log:LOW:HIGH, float:LOW:HIGH, int:LOW:HIGH or choice:A,B,C"
         raise UsageError(f"--space: {name}={spec} is not {name}={syntax} ({error})") from error
 
@@ -266,6 +262,7 @@ class Sampler(optuna.samplers.TPESampler):
         self.uniform = optuna.samplers.RandomSampler()
 
     def before_trial(self, study, trial):
+        super().before_trial(study, trial)
         self.storage.record_heartbeat(trial._trial_id)  # at once: who dies from now on can be told from who lives
 
     def infer_relative_search_space(self, study, trial):
@@ -732,7 +729,7 @@ def draw(study: optuna.Study, trials: list[FrozenTrial], best: FrozenTrial, fold
 
     matplotlib.use("Agg")  # needs no display
     from matplotlib import pyplot
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, MaxNLocator
     from optuna.visualization import matplotlib as pictures
 
     seeds, names = study.user_attrs["made_with"]["seeds"], []
@@ -749,7 +746,9 @@ def draw(study: optuna.Study, trials: list[FrozenTrial], best: FrozenTrial, fold
         pyplot.close(figure)
         names.append(f"{name}.png")
 
-    pictures.plot_optimization_history(study, target_name=value).legend(loc="lower right")
+    axes = pictures.plot_optimization_history(study, target_name=value)
+    axes.legend(loc="lower right")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     save("history", "value of each complete trial, and the best so far", 9, 5)
 
     with pyplot.style.context("default"):
@@ -773,8 +772,8 @@ def draw(study: optuna.Study, trials: list[FrozenTrial], best: FrozenTrial, fold
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE and trial.params]
     if len({trial.value for trial in complete}) > 1:
         ranked = list(optuna.importance.get_param_importances(study))
-        pictures.plot_param_importances(study, target_name=value)
-        save("importances", f"importance of the flags, {len(complete)} complete trials", 9, 1 + 0.4 * len(ranked))
+        pictures.plot_param_importances(study, target_name=value).get_legend().remove()
+        save("importances", f"importance of the flags, {len(complete)} complete trials", 9, 2 + 0.35 * len(ranked))
         pictures.plot_slice(study, params=ranked[:6], target_name=value)
         save("slices", "complete trials along the most important flags", 4 * min(len(ranked), 6), 4)
         if len(ranked) > 1:

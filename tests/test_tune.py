@@ -131,6 +131,7 @@ def test_a_study_of_ppo_end_to_end(command_line, monkeypatch):
     report = (folder / "report.md").read_text()
     assert "contour.png" in report and line in report
 
+    monkeypatch.setattr(tune, "draw", lambda *args: [])  # once is enough
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("events.*")}
     assert command_line(*flags, "--", *fixed, script=tune).code == 0
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("events.*")} == before, "nothing was run again"
@@ -328,7 +329,7 @@ def test_two_workers_on_one_study(start, database, request):
         (["--space", "skill=float:0:1", "--", "--skill", 1], ["skill"]),
         ([], ["nothing to tune"]),
         (["--seeds", 1, 1], ["--seeds"]),
-        (["--confirm", 1], ["--confirm"]),
+        (["--confirm", 3], ["--confirm", "4"]),
         (["--n-trials", 0], ["--n-trials"]),
         (["--study", "a/b"], ["a/b"]),
         (["--space", "skill=float:0:1", "--storage", "nonsense"], ["--storage nonsense"]),
@@ -390,6 +391,8 @@ def test_flags_and_defaults_are_read_from_the_help(scripts):
     assert scripts["ppo"].words({"clip_vloss": False, "gamma": 0.9, "target_kl": None, "anneal_lr": True}) == (
         ["--no-clip-vloss", "--gamma", "0.9", "--target-kl", "None", "--anneal-lr"]
     )
+    fixed = tune.Script(ROOT / "ppo.py", None, ["--no_anneal-lr", "--gamma=0.9", "--total_timesteps", "1_000"])
+    assert fixed.fixed.keys() == {"anneal_lr", "gamma", "total_timesteps"} and fixed.total_timesteps == 1000
     toy = {"env_id": "Toy-v0", "seed": 1, "total_timesteps": 1000, "skill": 0.5, "delay": 0.0, "fail": "no"}
     assert scripts["toy"].defaults == toy
 
