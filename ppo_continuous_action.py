@@ -206,6 +206,9 @@ def make_envs(args: Args, num_envs: int, video: dict | None = None) -> gym.vecto
                 raise UsageError(f"{args.env_id} cannot be filmed: it does not render to rgb_array")
             os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame needs no display then
             warnings.filterwarnings("ignore", ".*Overwriting existing videos")  # the names differ
+            renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+            if renderer and renderer.camera_id == -1 and renderer.model.ncam:  # the user has chosen none
+                renderer.camera_id = 0  # the one that follows the robot: gymnasium 1.4 lets it run out of the picture
             try:
                 env.reset(seed=0)
                 env.render()

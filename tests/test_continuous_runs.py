@@ -377,6 +377,33 @@ def test_mujoco_is_filmed_without_a_display(monkeypatch):
     assert len(list((the_run() / "videos").glob("train-from-0-episode-0.mp4"))) == 1
 
 
+RUN_AWAY = """
+import numpy as np
+from ppo_continuous_action import Args, make_envs
+
+video = {"video_folder": "videos", "name_prefix": "away", "episode_trigger": lambda n: False}
+envs = make_envs(Args(env_id="HalfCheetah-v5"), 1, video)
+envs.reset(seed=[1])
+env = envs.envs[0].unwrapped
+for distance in (0, 30):
+    position = env.data.qpos.copy()
+    position[0] = distance
+    env.set_state(position, env.data.qvel)
+    picture = env.render().astype(int)
+    print("brown", (picture[..., 0] > picture[..., 2] + 40).sum())  # the cheetah is, floor and sky are not
+"""
+
+
+@pytest.mark.skipif(not ctypes.util.find_library("EGL"), reason="no EGL, with which MuJoCo draws without a display")
+def test_the_camera_follows_the_cheetah():
+    """gymnasium 1.4 would leave it behind, and film the floor."""
+    code, out, err = run(sys.executable, "-c", RUN_AWAY)
+    assert code == 0, err
+    at_the_start, far_away = (int(line.split()[1]) for line in out.splitlines() if line.startswith("brown"))
+    assert at_the_start > 1000
+    assert 0.8 < far_away / at_the_start < 1.2
+
+
 MISSING = [
     {"MUJOCO_GL": "glfw"},  # asks for a display
     {"MUJOCO_GL": "no such thing"},

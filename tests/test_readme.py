@@ -33,6 +33,7 @@ INSTALL = [command for command in commands() if "pip install" in command]
 TRAIN = [command for command in commands() if command.startswith("python ppo.py")]
 ATARI = [command for command in commands() if command.startswith(("python ppo_atari.py", "torchrun "))]
 CONTINUOUS = [command for command in commands() if command.startswith("python ppo_continuous_action.py")]
+TUNE = [command for command in commands() if command.startswith("python tune.py")]
 BENCHMARK = [command for command in commands() if command.startswith("python benchmark/")]
 
 
@@ -64,8 +65,8 @@ def patch(folder: Path, diff: str) -> None:
 def test_the_readme_is_complete():
     """A slip in the extraction must not empty the tests below."""
     assert len(INSTALL) == 2 and len(TRAIN) >= 8 and len(BENCHMARK) >= 2 and len(blocks("diff")) == 3
-    assert len(ATARI) >= 4 and len(CONTINUOUS) >= 4
-    known = INSTALL + TRAIN + ATARI + CONTINUOUS + BENCHMARK + ["tensorboard --logdir runs"]
+    assert len(ATARI) >= 4 and len(CONTINUOUS) >= 4 and len(TUNE) == 2
+    known = INSTALL + TRAIN + ATARI + CONTINUOUS + TUNE + BENCHMARK + ["tensorboard --logdir runs"]
     assert set(commands()) == set(known), "a command of a new kind needs a test of its own"
     assert "{" not in re.sub(r"```.*?```", "", README, flags=re.DOTALL), "a figure is missing"
 
@@ -137,6 +138,18 @@ def test_ppo_continuous_action_command(clone, pendulum, command):
     assert "greedy evaluation" in run(clone, [*words, "--eval-episodes", "1"])
     if "--capture-video" in words:
         assert list(clone.glob(f"runs/{pendulum}/videos/*.mp4"))
+
+
+@pytest.mark.parametrize("command", TUNE)
+def test_tune_command(clone, command):
+    """A study of two short trials, and its report."""
+    words = shlex.split(command)
+    words[0] = sys.executable
+    if "--report" not in words:
+        words += ["--seeds", "1", "--n-trials", "2", "--confirm", "0"]
+        words += ["--", "--total-timesteps", "2048", "--eval-episodes", "1"]
+    assert "The best flags, trial " in run(clone, words)
+    assert (clone / "runs" / "ppo__LunarLander-v3" / "report.md").is_file()
 
 
 def test_tensorboard_command(clone):
