@@ -401,7 +401,7 @@ def test_the_camera_follows_the_cheetah():
     assert code == 0, err
     at_the_start, far_away = (int(line.split()[1]) for line in out.splitlines() if line.startswith("brown"))
     assert at_the_start > 1000
-    assert 0.8 < far_away / at_the_start < 1.2
+    assert far_away > 0.8 * at_the_start
 
 
 MISSING = [
