@@ -729,7 +729,7 @@ def draw(study: optuna.Study, trials: list[FrozenTrial], best: FrozenTrial, fold
 
     matplotlib.use("Agg")  # needs no display
     from matplotlib import pyplot
-    from matplotlib.ticker import EngFormatter, MaxNLocator
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
     from optuna.visualization import matplotlib as pictures
 
     seeds, names = study.user_attrs["made_with"]["seeds"], []
@@ -740,6 +740,11 @@ def draw(study: optuna.Study, trials: list[FrozenTrial], best: FrozenTrial, fold
         for axes in figure.axes:
             axes.set_title("")
             axes.set_title("", loc="left")
+            for axis in (axes.xaxis, axes.yaxis):
+                if axis.get_scale() == "log":  # else their labels overlap
+                    axis.set_major_locator(LogLocator(subs=(1, 3)))
+                    axis.set_major_formatter("{x:g}")
+                    axis.set_minor_formatter(NullFormatter())
         figure.suptitle(f"{study.study_name}: {title}")
         figure.set_size_inches(width, height)
         figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
