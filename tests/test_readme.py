@@ -65,7 +65,7 @@ def patch(folder: Path, diff: str) -> None:
 def test_the_readme_is_complete():
     """A slip in the extraction must not empty the tests below."""
     assert len(INSTALL) == 2 and len(TRAIN) >= 8 and len(BENCHMARK) >= 2 and len(blocks("diff")) == 3
-    assert len(ATARI) >= 4 and len(CONTINUOUS) >= 4 and len(TUNE) == 2
+    assert len(ATARI) >= 4 and len(CONTINUOUS) >= 4 and len(TUNE) == 3
     known = INSTALL + TRAIN + ATARI + CONTINUOUS + TUNE + BENCHMARK + ["tensorboard --logdir runs"]
     assert set(commands()) == set(known), "a command of a new kind needs a test of its own"
     assert "{" not in re.sub(r"```.*?```", "", README, flags=re.DOTALL), "a figure is missing"
@@ -143,13 +143,14 @@ def test_ppo_continuous_action_command(clone, pendulum, command):
 @pytest.mark.parametrize("command", TUNE)
 def test_tune_command(clone, command):
     """A study of two short trials, and its report."""
-    words = shlex.split(command)
+    words = shlex.split(command.partition(" -- ")[0])
     words[0] = sys.executable
     if "--report" not in words:
         words += ["--seeds", "1", "--n-trials", "2", "--confirm", "0"]
         words += ["--", "--total-timesteps", "2048", "--eval-episodes", "1"]
     assert "The best flags, trial " in run(clone, words)
-    assert (clone / "runs" / "ppo__LunarLander-v3" / "report.md").is_file()
+    study = next(word for word in words if "LunarLander-v3" in word or "Acrobot-v1" in word).removeprefix("ppo__")
+    assert (clone / "runs" / f"ppo__{study}" / "report.md").is_file()
 
 
 def test_tensorboard_command(clone):
