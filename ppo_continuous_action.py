@@ -266,9 +266,9 @@ class RunningStatistics(nn.Module):
 class Agent(nn.Module):
     """The policy (actor) and the value function (critic), as two networks that share nothing (detail 26).
 
-    The policy is a normal distribution (detail 23), its components independent of each other (detail 25) and their
-    standard deviations of the observation (detail 24). Observations are normalized in here, with statistics
-    that are saved with the weights (detail 28): a loaded agent sees what the trained one saw.
+    The policy is a normal distribution (detail 23), its components independent of each other (detail 25), their
+    standard deviations the same for all observations (detail 24). Observations are normalized in here, with
+    statistics that are saved with the weights (detail 28): a loaded agent sees what the trained one saw.
     """
 
     def __init__(self, envs: gym.vector.VectorEnv) -> None:
@@ -284,7 +284,7 @@ class Agent(nn.Module):
             nn.Tanh(),
             layer_init(nn.Linear(64, self.num_actions), std=0.01),  # so that every action starts near 0
         )
-        # At first 0.5, since most actions reach from -1 to 1: starting from 1, HalfCheetah gets stuck at 1700.
+        # At first 0.5, since most actions reach from -1 to 1. From 1, HalfCheetah ended at 1700 for two seeds of three.
         self.log_std = nn.Parameter(torch.full((self.num_actions,), math.log(0.5)))
         self.critic = nn.Sequential(
             layer_init(nn.Linear(num_inputs, 64)),
@@ -620,6 +620,7 @@ def train(args: Args) -> Agent:
                 raise UsageError(f"environment {n} returned NaN or infinity at step {global_step + t * N + n + 1}")
 
             # ----------------- (b) estimate advantages: how much better than expected was each action?
+            # Values and old log-probabilities are those by the new statistics, so that all ratios start at 1.
             agent.observation_statistics.update(to_device(observations).flatten(0, 1))
             agent.return_statistics.update(to_device(discounted_returns).flatten())
             b_observations, b_actions = to_device(observations), to_device(actions)
