@@ -59,9 +59,23 @@ def test_orthogonal_initialisation(agent, network):
         assert not layer.bias.any()
 
 
-def test_it_starts_with_a_standard_deviation_of_a_half_and_without_statistics(agent):
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_first_standard_deviation_is_a_quarter_of_the_range(dtype):
+    """Of each component on its own; 0.5 where a range is infinite, as good as that, or nothing."""
+    most = np.finfo(dtype).max
+    low = np.array([[-1, -2, 0], [-np.inf, 0, -np.inf], [3, -0.4, -most]], dtype)
+    high = np.array([[1, 2, 1], [np.inf, np.inf, 5], [3, 0.4, most]], dtype)
+
+    class Spaces:
+        single_observation_space = Box(-np.inf, np.inf, (INPUTS,), np.float32)
+        single_action_space = Box(low, high, dtype=dtype)
+
+    expected = torch.tensor([0.5, 1, 0.25, 0.5, 0.5, 0.5, 0.5, 0.2, 0.5])
+    torch.testing.assert_close(ppo.Agent(Spaces).log_std.exp(), expected)
+
+
+def test_it_starts_without_statistics(agent):
     """Normalizing changes nothing then, but for what is beyond 10."""
-    torch.testing.assert_close(agent.log_std.exp(), torch.full((ACTIONS,), 0.5))
     observations = torch.randn(20, INPUTS)
     assert torch.equal(agent.normalize(observations), observations)
     assert torch.equal(agent.scale_rewards(observations), observations)
