@@ -70,8 +70,10 @@ def test_the_first_standard_deviation_is_a_quarter_of_the_range(dtype):
         single_observation_space = Box(-np.inf, np.inf, (INPUTS,), np.float32)
         single_action_space = Box(low, high, dtype=dtype)
 
+    agent = ppo.Agent(Spaces)
     expected = torch.tensor([0.5, 1, 0.25, 0.5, 0.5, 0.5, 0.5, 0.2, 0.5])
-    torch.testing.assert_close(ppo.Agent(Spaces).log_std.exp(), expected)
+    torch.testing.assert_close(agent.log_std.exp(), expected)
+    assert agent.actor[-1].bias.tolist() == [0, 0, 0.5, 0, 0, 0, 0, 0, 0], "the mean starts in the middle"
 
 
 def test_it_starts_without_statistics(agent):

@@ -152,7 +152,7 @@ def test_alone_in_an_empty_folder_and_to_the_bit():
 
 
 def test_events_hold_all_curves_with_plausible_values():
-    """Those of ppo.py. The entropy starts at that of standard normal distributions, and each logged loss is finite."""
+    """Those of ppo.py. The entropy starts at that of standard deviations of 0.5, and each logged loss is finite."""
     run_dir = train(ppo, env_id="Hopper-v5", num_envs=2, num_steps=64, num_minibatches=4, total_timesteps=512)
     tags = {f"losses/{name}" for name in (*LOSSES, "explained_variance")}
     charts = ("SPS", "learning_rate", "update_epochs", "episodic_return", "episodic_length", "episodes")
@@ -163,7 +163,7 @@ def test_events_hold_all_curves_with_plausible_values():
         assert [step for step, _ in curve[f"losses/{name}"]] == [128, 256, 384, 512]
         assert np.isfinite([value for _, value in curve[f"losses/{name}"]]).all()
     (_, entropy), *_ = curve["losses/entropy"]
-    assert entropy == pytest.approx(3 * 0.5 * np.log(2 * np.pi * np.e), abs=0.05)  # 3 actions
+    assert entropy == pytest.approx(3 * np.log(0.5 * np.sqrt(2 * np.pi * np.e)), abs=0.05)  # 3 actions
     rates = [3e-4 * x for x in (1, 3 / 4, 1 / 2, 1 / 4)]
     assert [rate for _, rate in curve["charts/learning_rate"]] == pytest.approx(rates)
 
