@@ -284,7 +284,7 @@ SPACES = ("--env-id", "probe_envs:Spaces-v0", "--env-kwargs")
         ((*SPACES, "actions=multibinary"), ["MultiBinary(3)"]),
         ((*SPACES, "actions=continuous", "observations=image"), ["images of shape (84, 84, 3): use ppo_atari.py"]),
         (("--env-id", "CarRacing-v3"), ["images of shape (96, 96, 3): use ppo_atari.py"]),
-        (("--env-id", "ALE/Pong-v5"), ["for Atari games use ppo_atari.py"]),
+        (("--env-id", "ALE/Pong-v5"), ["use ppo_atari.py"]),
         (("--env-id", "HalfCheeta-v5"), ["Did you mean: `HalfCheetah`?"]),
         (("--env-id", "Pendulum-v1", "--env-kwargs", "continuous=True"), ["continuous"]),
     ],
