@@ -284,7 +284,6 @@ SPACES = ("--env-id", "probe_envs:Spaces-v0", "--env-kwargs")
         ((*SPACES, "actions=multibinary"), ["MultiBinary(3)"]),
         ((*SPACES, "actions=continuous", "observations=image"), ["images of shape (84, 84, 3): use ppo_atari.py"]),
         (("--env-id", "CarRacing-v3"), ["images of shape (96, 96, 3): use ppo_atari.py"]),
-        (("--env-id", "ALE/Pong-v5"), ["use ppo_atari.py"]),
         (("--env-id", "HalfCheeta-v5"), ["Did you mean: `HalfCheetah`?"]),
         (("--env-id", "Pendulum-v1", "--env-kwargs", "continuous=True"), ["continuous"]),
     ],
@@ -293,6 +292,12 @@ SPACES = ("--env-id", "probe_envs:Spaces-v0", "--env-kwargs")
 def test_what_is_not_for_this_script_is_refused_in_one_line(command_line, flags, words):
     assert_refused(command_line(*flags, script=ppo), *words)
     assert not Path("runs").is_dir() or not list(Path("runs").iterdir())
+
+
+def test_atari_games_are_for_the_other_sibling():
+    """In a process of its own, since here another test may have made gymnasium know them."""
+    script = ROOT / "ppo_continuous_action.py"
+    assert_refused(run(sys.executable, script, "--env-id", "ALE/Pong-v5"), "for Atari games use ppo_atari.py")
 
 
 @pytest.mark.parametrize("what", ["observation", "last observation", "reward"])
