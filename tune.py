@@ -584,10 +584,19 @@ def next_trial(study: optuna.Study, n_trials: int) -> optuna.Trial | None:
 def search(args: Args, script: Script, study: optuna.Study, n_trials: int, folder: Path) -> None:
     """Run trials until the study has n_trials finished ones. Raises UsageError if the script's defaults fail."""
     slots: list[RunningTrial] = []
-    last_beat = -np.inf
+    last_beat, stop_requested = -np.inf, False
+
+    def request_stop(signum, frame) -> None:
+        nonlocal stop_requested
+        stop_requested = True  # and no exception here: amid a transaction it would leave the database locked
+        signal.signal(signum, old_handlers[signum])  # a second one stops at once
+
+    old_handlers = {signum: signal.signal(signum, request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     progress = tqdm(total=n_trials, desc=folder.name, unit=" trials", disable=None)
     try:
         while True:
+            if stop_requested:
+                raise KeyboardInterrupt
             if time.monotonic() - last_beat > HEARTBEAT:
                 last_beat = time.monotonic()
                 for slot in slots:
@@ -630,6 +639,8 @@ def search(args: Args, script: Script, study: optuna.Study, n_trials: int, folde
             slot.trial.set_user_attr("reason", "interrupted")
             slot.tell(study, TrialState.FAIL)
             run_again(study, slot.trial)
+        for signum, handler in old_handlers.items():
+            signal.signal(signum, handler)
 
 
 # ------------------------------------------------------------- is the best better than the defaults?

@@ -215,13 +215,27 @@ def slow_study(n_trials: int, *more) -> list:
     return [*flags, "--space", "skill=float:0:1", "--", "--delay"]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_ends_the_runs_and_the_same_line_goes_on(start, command_line, signum):
-    hearing = "signal.signal(signal.SIGTERM, signal.default_int_handler)"  # as under __main__
-    process = start(*slow_study(4, "--n-jobs", 2), 100, script="tune", setup=f"{FAST}\n{hearing}")
+AMID_A_TRANSACTION = """
+from sqlalchemy import Engine, event
+
+@event.listens_for(Engine, "after_cursor_execute")
+def interrupt(connection, cursor, statement, *rest):
+    if statement.startswith(("INSERT", "UPDATE")) and os.path.exists("now"):
+        os.remove("now")
+        os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+@pytest.mark.parametrize("amid_a_transaction", [False, True])
+def test_ctrl_c_ends_the_runs_and_the_same_line_goes_on(start, command_line, amid_a_transaction):
+    setup = f"import os\n{AMID_A_TRANSACTION}\n{FAST}" if amid_a_transaction else FAST
+    process = start(*slow_study(4, "--n-jobs", 2), 100, script="tune", setup=setup)
     wait_until(lambda: len(list(Path("runs").glob("*/*/*/runs/*/events*"))) == 2, "two trials run")
     pids = descendants(process.pid)
-    process.send_signal(signum)
+    if amid_a_transaction:  # an exception there would leave the database locked
+        Path("now").touch()
+    else:
+        process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
     assert code == 130 and "the same command goes on" in err
     assert len(pids) >= 2 and not any(alive(pid) for pid in pids)
