@@ -65,6 +65,17 @@ def run(*command: object, **changes) -> Result:
     return Result(done.returncode, done.stdout, done.stderr)
 
 
+def assert_refused(script, result: Result, *words: str) -> None:
+    """Exit code 2, one line of this script's (the module) with these words, and no empty run left behind."""
+    assert result.code == 2
+    (line,) = result.err.splitlines()
+    assert line.startswith(f"{script.__name__}.py: error: ")
+    for word in words:
+        assert word in line
+    assert "Traceback" not in result.out
+    assert not Path("runs").is_dir() or not list(Path("runs").iterdir())
+
+
 def wait_until(condition, why: str):
     """Wait for a true value of condition() and return it."""
     end = time.monotonic() + PATIENCE

@@ -26,6 +26,7 @@ from helpers import (
     LOSSES,
     ROOT,
     alive,
+    assert_refused,
     curves,
     descendants,
     finish,
@@ -453,17 +454,6 @@ def test_evaluation_plays_the_saved_policy(command_line, monkeypatch, copied):
 # ------------------------------------------------------------------------------------ bad input
 
 
-def assert_refused(result, *words):
-    """Exit code 2, one line that has these words, and no empty run left behind."""
-    assert result.code == 2
-    (line,) = result.err.splitlines()
-    assert line.startswith("ppo_atari.py: error: ")
-    for word in words:
-        assert word in line
-    assert "Traceback" not in result.out
-    assert not Path("runs").is_dir() or not list(Path("runs").iterdir())
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -485,7 +475,7 @@ def assert_refused(result, *words):
     ],
 )
 def test_bad_flags_are_refused_in_one_line(command_line, flags, words):
-    assert_refused(command_line(*flags, script=ppo_atari), *words)
+    assert_refused(ppo_atari, command_line(*flags, script=ppo_atari), *words)
 
 
 @pytest.mark.parametrize(
@@ -500,12 +490,12 @@ def test_bad_flags_are_refused_in_one_line(command_line, flags, words):
 def test_settings_that_the_network_or_the_loop_cannot_take_are_refused(command_line, setting, word):
     """ALE's vector environment would take these."""
     flags = as_flags(**TINY | {"env_kwargs": (setting,)}, total_timesteps=32)
-    assert_refused(command_line(*flags, script=ppo_atari), word)
+    assert_refused(ppo_atari, command_line(*flags, script=ppo_atari), word)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_refused(command_line):
-    assert_refused(command_line("--device", "cuda", script=ppo_atari), "--device cuda cannot be used")
+    assert_refused(ppo_atari, command_line("--device", "cuda", script=ppo_atari), "--device cuda cannot be used")
 
 
 def test_without_the_games_it_says_what_to_install():
@@ -513,19 +503,21 @@ def test_without_the_games_it_says_what_to_install():
     Path("ale_py").mkdir()
     Path("ale_py/__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'ale_py'\")\n")
     result = run(sys.executable, ROOT / "ppo_atari.py", PYTHONPATH=str(Path.cwd()))
-    assert_refused(result, "No module named 'ale_py'", "pip install", "gymnasium[atari]")
+    assert_refused(ppo_atari, result, "No module named 'ale_py'", "pip install", "gymnasium[atari]")
 
 
 def test_another_game_contradicts_the_checkpoint(command_line, finished):
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     for way in ("--resume", "--evaluate"):
         result = command_line(way, finished, "--env-id", "ALE/Pong-v5", script=ppo_atari)
-        assert_refused(result, "--env-id ALE/Pong-v5 contradicts", "made with ALE/Breakout-v5")
+        assert_refused(ppo_atari, result, "--env-id ALE/Pong-v5 contradicts", "made with ALE/Breakout-v5")
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
 def test_a_finished_run_is_not_resumed_without_more_timesteps(command_line, finished):
-    assert_refused(command_line("--resume", finished, script=ppo_atari), "all its 384 steps", "--total-timesteps")
+    assert_refused(
+        ppo_atari, command_line("--resume", finished, script=ppo_atari), "all its 384 steps", "--total-timesteps"
+    )
 
 
 def test_runs_of_another_script_are_refused(command_line, copied):
@@ -533,7 +525,9 @@ def test_runs_of_another_script_are_refused(command_line, copied):
     checkpoint = load(copied)
     checkpoint["args"]["async_envs"] = True
     torch.save(checkpoint, copied / "checkpoint.pt")
-    assert_refused(command_line("--resume", copied, script=ppo_atari), "damaged or not from ppo_atari.py", "async_envs")
+    assert_refused(
+        ppo_atari, command_line("--resume", copied, script=ppo_atari), "damaged or not from ppo_atari.py", "async_envs"
+    )
 
 
 # ------------------------------------------------------------------------------------ a full disk
