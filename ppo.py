@@ -188,7 +188,7 @@ def make_envs(args: Args, num_envs: int, video: dict | None = None) -> gym.vecto
             raise UsageError(f"{args.env_id} has actions {env.action_space}; supported: Discrete")
         space = env.observation_space
         if isinstance(space, Box) and space.dtype == np.uint8 and len(space.shape) in (2, 3):
-            raise UsageError(f"{args.env_id} observes images of shape {space.shape}: use ppo_atari.py")
+            raise UsageError(f"{args.env_id} observes images of shape {space.shape}: use ppo_atari.py for Atari games")
         flat = Box | Discrete | MultiDiscrete | MultiBinary | Dict | Tuple
         if not (isinstance(space, flat) and space.is_np_flattenable):
             names = "Box, Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple of these"

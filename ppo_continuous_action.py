@@ -190,7 +190,7 @@ def make_envs(args: Args, num_envs: int, video: dict | None = None) -> gym.vecto
 
         space = env.observation_space
         if isinstance(space, Box) and space.dtype == np.uint8 and len(space.shape) in (2, 3):
-            raise UsageError(f"{args.env_id} observes images of shape {space.shape}: use ppo_atari.py")
+            raise UsageError(f"{args.env_id} observes images of shape {space.shape}: use ppo_atari.py for Atari games")
         if isinstance(env.action_space, Discrete):
             raise UsageError(f"{args.env_id} has discrete actions: use ppo.py")
         if not (isinstance(env.action_space, Box) and np.issubdtype(env.action_space.dtype, np.floating)):

@@ -811,12 +811,13 @@ def write_report(study: optuna.Study) -> None:
     planned = made_with["total_timesteps"] * len(made_with["seeds"])
     saved = sum(planned - trial.user_attrs["steps"] for trial in known if trial.state == TrialState.PRUNED)
     share = f"{saved / planned / len(known):.0%} of the steps ({saved:,} of {planned * len(known):,})"
+    seeds = ", ".join(map(str, made_with["seeds"]))
     parts = [
         f"# {study.study_name}",
         f"Trials: {counts}. Stopping hopeless ones early saved {share}.",
         make_table(trials),
         make_verdict(study, best),
-        f"The best flags, trial {best.number}, {show(best)} over the seeds {', '.join(map(str, made_with['seeds']))}:",
+        f"The best flags, trial {best.number}, {show(best)} over seed{'s' * (',' in seeds)} {seeds}:",
         f"    {study.user_attrs['command']} {best.user_attrs['flags']}".rstrip(),
     ]
     text, names = "\n\n".join(parts), draw(study, trials, best, folder)

@@ -117,7 +117,7 @@ def test_a_study_of_ppo_end_to_end(command_line, monkeypatch):
         assert trial.user_attrs["steps"] == 2048
 
     best = max(trials, key=lambda trial: trial.value)
-    assert f"{best.value:.2f} ± {np.std(best.user_attrs['returns']):.2f} over the seeds 1, 2" in out
+    assert f"{best.value:.2f} ± {np.std(best.user_attrs['returns']):.2f} over seeds 1, 2" in out
     assert "3 complete" in out and "saved 0%" in out
     line = next(line for line in out.splitlines() if line.startswith("    python "))
     subprocess.run([sys.executable, *shlex.split(line)[1:], "--seed", "1"], check=True, capture_output=True)
