@@ -14,6 +14,7 @@ network, DQN (Mnih et al., 2015, Nature 518). "Detail n" is the n-th of The 37 I
 (Huang et al., ICLR blog track, 2022).
 """
 
+import argparse
 import ast
 import copy
 import dataclasses
@@ -26,6 +27,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections import deque
@@ -113,7 +115,7 @@ class Args:
     device: str = "cpu"
     """where the network and the rollout live: `cpu`, `cuda`, `cuda:1`, ..."""
     bfloat16: bool = True
-    """compute the convolutions in bfloat16 if the device has it in hardware: the CPU then trains 1.7 times as fast"""
+    """compute all but the two heads in bfloat16 if the device has it in hardware: 1.7 times as fast on the CPU"""
     compile: bool = False
     """compile acting, the loss and its gradient with torch.compile: for GPUs, the CPU gains nothing"""
     capture_video: bool = False
@@ -166,6 +168,8 @@ class Args:
                 raise UsageError(f"--env-kwargs takes name=value, not {text}")
         if self.resume and self.evaluate:
             raise UsageError("--resume and --evaluate exclude each other")
+        if "" in (self.resume, self.evaluate):
+            raise UsageError("--resume and --evaluate take the folder of a run under runs/, and it is empty")
 
 
 # ---------------------------------------------------------------------------------- environments
@@ -334,6 +338,12 @@ def minibatches(args: Args, batch: list[torch.Tensor]) -> Iterator[tuple[torch.T
 # --------------------------------------------------------------------- checkpoint and evaluation
 
 
+def warn(message: str) -> None:
+    """Say it on stderr, unless that goes to a disk that is full as well: nothing here is worth a run."""
+    with suppress(OSError):
+        tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Write the checkpoint whole or not at all: a crash or a full disk leaves the old one in place."""
     buffer = io.BytesIO()
@@ -347,7 +357,7 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        tqdm.write(f"warning: checkpoint not saved, training goes on: {error}", file=sys.stderr)
+        warn(f"checkpoint not saved, training goes on: {error}")
 
 
 def load_checkpoint(run: str, args: Args | None = None) -> tuple[Path, dict]:
@@ -435,7 +445,7 @@ def evaluate(args: Args, run_dir: Path, checkpoint: dict) -> np.ndarray:
         with SummaryWriter(run_dir) as writer:
             writer.add_scalar("eval/episodic_return", returns.mean(), step)
     except OSError as error:
-        print(f"warning: evaluation not logged: {error}", file=sys.stderr)
+        warn(f"evaluation not logged: {error}")
     if args.capture_video:
         path = run_dir / "videos" / f"eval-at-{step}-episode-0.mp4"
         try:
@@ -443,7 +453,7 @@ def evaluate(args: Args, run_dir: Path, checkpoint: dict) -> np.ndarray:
         except (OSError, RuntimeError) as error:
             path.unlink(missing_ok=True)
             reason = getattr(error, "strerror", None) or "ffmpeg failed; is the disk full?"
-            print(f"warning: {path} not filmed: {reason}", file=sys.stderr)
+            warn(f"{path} not filmed: {reason}")
     return returns
 
 
@@ -485,25 +495,30 @@ def train(args: Args) -> Agent:
 
     Raises UsageError, and SystemExit(128 + signal) after Ctrl-C or SIGTERM, the iteration being saved.
     """
-    rank, world_size = 0, 1
+    rank, world_size, device_name = 0, 1, args.device
     if dist.is_torchelastic_launched():  # by torchrun: each process plays its share of the environments
-        if args.device == "cuda":
-            args = dataclasses.replace(args, device=f"cuda:{os.environ['LOCAL_RANK']}")
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
-        rank, world_size = dist.get_rank(), dist.get_world_size()
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if args.num_envs % world_size:
             raise UsageError(f"--num-envs {args.num_envs} does not divide among {world_size} processes")
+        if args.device == "cuda":
+            device_name = f"cuda:{os.environ['LOCAL_RANK']}"
+        elif args.device != "cpu" and world_size > 1:
+            raise UsageError(f"torchrun's processes need a GPU each: --device cuda, not {args.device}")
     local_args = dataclasses.replace(args, num_envs=args.num_envs // world_size)  # of this process
     try:
-        device = torch.device(args.device)
+        device = torch.device(device_name)
         torch.zeros(1, device=device).item()
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # which is where NCCL gathers
         to_device = partial(torch.as_tensor, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"--device {device_name} cannot be used: {str(error).splitlines()[0]}") from error
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    if args.compile and not shutil.which(compiler.split()[0]):
+    compiled = args.compile and shutil.which(compiler.split()[0]) is not None
+    if compiled < args.compile:
         print(f"--compile needs a C++ compiler and finds no {compiler}: training without it, only slower")
-        args = dataclasses.replace(args, compile=False)
     if device.type == "cuda":
         bfloat16 = args.bfloat16 and torch.cuda.is_bf16_supported(including_emulation=False)
         torch.set_float32_matmul_precision("high")  # TF32
@@ -523,8 +538,9 @@ def train(args: Args) -> Agent:
             done = f"{run_dir} has all its {saved['global_step']:,} steps"
             raise UsageError(f"{done}: a larger --total-timesteps would extend it")
     else:
-        name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        run_dir = Path("runs", name)
+        name, started = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}", int(time.time())
+        while (run_dir := Path("runs", f"{name}__{started}")).exists():
+            started += 1  # a run of this name has just begun
         try:
             if rank == 0:
                 run_dir.mkdir(parents=True)
@@ -548,6 +564,8 @@ def train(args: Args) -> Agent:
     optimizer = torch.optim.Adam([weights], lr=args.learning_rate, eps=1e-5, fused=True)  # detail 3
     if args.resume:
         restore(args, saved, agent, optimizer)
+    if world_size > 1:  # other processors may have rounded the first weights in another way
+        dist.broadcast(weights, 0)
 
     def checkpoint() -> dict:
         """All that the run needs to go on, between two iterations."""
@@ -589,7 +607,7 @@ def train(args: Args) -> Agent:
     if bfloat16:
         player.trunk.bfloat16()
     act = player.act
-    if args.compile:
+    if compiled:
         torch._dynamo.config.trace_autograd_ops = True  # lets one graph hold the gradient, too
         mode = "reduce-overhead" if device.type == "cuda" else None  # CUDA graphs: one launch for all kernels
         loss_gradient = torch.compile(loss_gradient, fullgraph=True, mode=mode)
@@ -623,7 +641,10 @@ def train(args: Args) -> Agent:
     # What an interrupted run logged after its last checkpoint is purged: it will be played anew.
     writer = None
     if rank == 0:
-        writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
+        try:
+            writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
+        except OSError as error:
+            raise UsageError(f"cannot log to {run_dir}: {error}") from error
         table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
         writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{table}", global_step)
 
@@ -633,7 +654,8 @@ def train(args: Args) -> Agent:
         nonlocal stop_signal
         stop_signal = signum
         signal.signal(signum, old_handlers[signum])  # a second one stops at once
-        os.write(2, b"\nstopping after this iteration; once more stops at once\n")
+        with suppress(OSError):
+            os.write(2, b"\nstopping after this iteration; once more stops at once\n")
 
     old_handlers = {signum: signal.signal(signum, request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
 
@@ -641,7 +663,7 @@ def train(args: Args) -> Agent:
     if rank == 0:
         print(f"{run_dir}: steps {global_step:,} to {total_steps:,}{asked}, {args.batch_size:,} per iteration")
         where = f"{world_size} processes x {N} environments" if world_size > 1 else f"{N} environments"
-        print(f"{where} on {device}, convolutions in {'bfloat16' if bfloat16 else 'float32'}", flush=True)
+        print(f"{where} on {device}, network in {'bfloat16' if bfloat16 else 'float32'}", flush=True)
     progress = tqdm(total=total_steps, initial=global_step, unit=" steps", unit_scale=True, disable=rank > 0 or None)
     start_time = iteration_time = save_time = print_time = time.monotonic()
     try:
@@ -748,7 +770,7 @@ def train(args: Args) -> Agent:
                         writer.flush()  # so that no curve is shorter than its checkpoint
             except OSError as error:
                 writer = None
-                tqdm.write(f"warning: nothing logged for a minute, training goes on: {error}", file=sys.stderr)
+                warn(f"nothing logged for a minute, training goes on: {error}")
             if save:
                 save_time = now
                 save_checkpoint(run_dir / "checkpoint.pt", checkpoint())
@@ -758,7 +780,8 @@ def train(args: Args) -> Agent:
             if progress.disable and (last or now - print_time > 5):  # not a terminal: a line now and then
                 print_time, elapsed = now, now - start_time
                 shown = {"unit": " steps", "unit_scale": True, "ncols": 0, "postfix": recent}
-                print(tqdm.format_meter(global_step, total_steps, elapsed, initial=first_step, **shown), flush=True)
+                with suppress(OSError):  # it may go to a file on a full disk
+                    print(tqdm.format_meter(global_step, total_steps, elapsed, initial=first_step, **shown), flush=True)
             if last:
                 break
     finally:
@@ -790,17 +813,24 @@ def train(args: Args) -> Agent:
 
 def main() -> None:
     """The command line."""
+    which_run = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    which_run.add_argument("--resume")
+    which_run.add_argument("--evaluate")
+    given, _ = which_run.parse_known_args()
+    # TensorBoard's thread would print a traceback of a full disk, of which train() makes one line.
+    threading.excepthook = lambda error: issubclass(error.exc_type, OSError) or threading.__excepthook__(error)
     try:
-        args = tyro.cli(Args, description=__doc__)
-        if run := args.resume or args.evaluate:  # once more, with the run's own arguments as defaults
-            default = load_args(run)
-            default.capture_video &= args.evaluate is None
-            args = tyro.cli(Args, description=__doc__, default=default)
+        default = Args()
+        runs = [run for run in (given.resume, given.evaluate) if run]
+        if len(runs) == 1:  # its own arguments are the defaults
+            default = load_args(runs[0])
+            default.capture_video &= given.evaluate is None
+        args = tyro.cli(Args, description=__doc__, default=default)
         if args.evaluate:
             evaluate(args, *load_checkpoint(args.evaluate, args))
         else:
             train(args)
-    except UsageError as error:
+    except (UsageError, MemoryError) as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

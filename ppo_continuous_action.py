@@ -13,6 +13,7 @@ Papers: PPO (Schulman et al., 2017, arXiv:1707.06347) and GAE (Schulman et al., 
 "Detail n" is the n-th of The 37 Implementation Details of PPO (Huang et al., ICLR blog track, 2022).
 """
 
+import argparse
 import ast
 import dataclasses
 import io
@@ -24,6 +25,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections import deque
@@ -44,6 +46,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 CHECKPOINT_SECONDS = 60  # a kill or a power cut costs at most about this much work
+EVALUATION_STEPS = 100_000  # of an episode at most: without a time limit, a greedy policy may go round in circles
 
 
 class UsageError(Exception):
@@ -93,7 +96,7 @@ class Args:
     target_kl: float | None = None
     """end the updates of an iteration once the policy's KL divergence from its old self exceeds this"""
     device: str = "cpu"
-    """where the networks live: `cpu` (faster for ones this small), `cuda`, `cuda:1`, ..."""
+    """where the networks learn: `cpu` (faster for ones this small), `cuda`, `cuda:1`, ..."""
     compile: bool = False
     """compile the loss and its gradient with torch.compile: starts slower, then runs faster"""
     async_envs: bool = False
@@ -148,9 +151,22 @@ class Args:
                 raise UsageError(f"--env-kwargs takes name=value, not {text}")
         if self.resume and self.evaluate:
             raise UsageError("--resume and --evaluate exclude each other")
+        if "" in (self.resume, self.evaluate):
+            raise UsageError("--resume and --evaluate take the folder of a run under runs/, and it is empty")
 
 
 # ---------------------------------------------------------------------------------- environments
+
+
+class Film(gym.wrappers.RecordVideo):
+    """gymnasium's films; one that cannot be written costs a warning, not the run."""
+
+    def stop_recording(self) -> None:
+        try:
+            super().stop_recording()
+        except OSError:  # its text is all that ffmpeg has to say
+            self.recording, self.recorded_frames = False, []
+            warn(f"{self._video_name}.mp4 not filmed: ffmpeg failed; is the disk full?")
 
 
 def make_envs(args: Args, num_envs: int, video: dict | None = None) -> gym.vector.VectorEnv:
@@ -177,7 +193,7 @@ def make_envs(args: Args, num_envs: int, video: dict | None = None) -> gym.vecto
             os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo draws without a display then; it reads this once
         opengl_hint = "without a display, MuJoCo needs MUJOCO_GL=egl or MUJOCO_GL=osmesa, and that library"
         try:
-            env = gym.make(args.env_id, **env_kwargs, **({"render_mode": "rgb_array"} if film else {}))
+            env = gym.make(args.env_id, **env_kwargs | ({"render_mode": "rgb_array"} if film else {}))
         except Exception as error:
             if film and "'render_mode'" in str(error):
                 raise UsageError(f"{args.env_id} cannot be filmed: it takes no render_mode") from error
@@ -214,7 +230,7 @@ def make_envs(args: Args, num_envs: int, video: dict | None = None) -> gym.vecto
                 env.render()
             except Exception as error:
                 raise UsageError(f"{args.env_id} cannot be filmed: {error} ({opengl_hint})") from error
-            env = gym.wrappers.RecordVideo(env, **video)
+            env = Film(env, **video)
         return env
 
     vector_env = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
@@ -369,6 +385,12 @@ def minibatches(args: Args, batch: list[torch.Tensor]) -> Iterator[tuple[torch.T
 # --------------------------------------------------------------------- checkpoint and evaluation
 
 
+def warn(message: str) -> None:
+    """Say it on stderr, unless that goes to a disk that is full as well: nothing here is worth a run."""
+    with suppress(OSError):
+        tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Write the checkpoint whole or not at all: a crash or a full disk leaves the old one in place."""
     buffer = io.BytesIO()
@@ -382,7 +404,7 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        tqdm.write(f"warning: checkpoint not saved, training goes on: {error}", file=sys.stderr)
+        warn(f"checkpoint not saved, training goes on: {error}")
 
 
 def load_checkpoint(run: str, args: Args | None = None) -> tuple[Path, dict]:
@@ -447,7 +469,9 @@ def evaluate(args: Args, run_dir: Path, checkpoint: dict) -> np.ndarray:
     restore(args, checkpoint, agent)
     returns, ended = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes, bool)
     observations, _ = envs.reset(seed=env_seeds(args.eval_episodes, args.seed, 1))
-    while not ended.all():
+    for _ in range(EVALUATION_STEPS):
+        if ended.all():
+            break
         with torch.inference_mode():
             actions = agent.act(torch.as_tensor(observations, dtype=torch.float32), noise=0.0).numpy()
         observations, rewards, terminations, truncations, _ = envs.step(within_bounds(actions, envs))
@@ -461,11 +485,13 @@ def evaluate(args: Args, run_dir: Path, checkpoint: dict) -> np.ndarray:
         f"greedy evaluation at step {step:,}: return {returns.mean():.2f} +- {returns.std():.2f} "
         f"(min {returns.min():.2f}, max {returns.max():.2f}) over {len(returns)} episodes"
     )
+    if not ended.all():
+        print(f"{(~ended).sum()} of them did not end within {EVALUATION_STEPS:,} steps: their returns are up to there")
     try:
         with SummaryWriter(run_dir) as writer:
             writer.add_scalar("eval/episodic_return", returns.mean(), step)
     except OSError as error:
-        print(f"warning: evaluation not logged: {error}", file=sys.stderr)
+        warn(f"evaluation not logged: {error}")
     return returns
 
 
@@ -485,9 +511,9 @@ def train(args: Args) -> Agent:
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
     compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    if args.compile and not shutil.which(compiler.split()[0]):
+    compiled = args.compile and shutil.which(compiler.split()[0]) is not None
+    if compiled < args.compile:
         print(f"--compile needs a C++ compiler and finds no {compiler}: training without it, only slower")
-        args = dataclasses.replace(args, compile=False)
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -501,8 +527,9 @@ def train(args: Args) -> Agent:
             done = f"{run_dir} has all its {saved['global_step']:,} steps"
             raise UsageError(f"{done}: a larger --total-timesteps would extend it")
     else:
-        name = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        run_dir = Path("runs", name)
+        name, started = f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}", int(time.time())
+        while (run_dir := Path("runs", f"{name}__{started}")).exists():
+            started += 1  # a run of this name has just begun
         try:
             run_dir.mkdir(parents=True)
         except OSError as error:
@@ -562,7 +589,7 @@ def train(args: Args) -> Agent:
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
         return gradient, torch.stack((policy_loss, value_loss, entropy)).detach(), log_ratio.detach()
 
-    if args.compile:
+    if compiled:
         torch._dynamo.config.trace_autograd_ops = True  # lets one graph hold the gradient, too
         loss_gradient = torch.compile(loss_gradient, fullgraph=True)
 
@@ -580,7 +607,10 @@ def train(args: Args) -> Agent:
     observation, _ = envs.reset(seed=env_seeds(N, args.seed, 0, first_iteration))
 
     # What an interrupted run logged after its last checkpoint is purged: it will be played anew.
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
+    try:
+        writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
+    except OSError as error:
+        raise UsageError(f"cannot log to {run_dir}: {error}") from error
     table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
     writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{table}", global_step)
 
@@ -590,7 +620,8 @@ def train(args: Args) -> Agent:
         nonlocal stop_signal
         stop_signal = signum
         signal.signal(signum, old_handlers[signum])  # a second one stops at once
-        os.write(2, b"\nstopping after this iteration; once more stops at once\n")
+        with suppress(OSError):
+            os.write(2, b"\nstopping after this iteration; once more stops at once\n")
 
     old_handlers = {signum: signal.signal(signum, request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
 
@@ -693,7 +724,7 @@ def train(args: Args) -> Agent:
                         writer.flush()  # so that no curve is shorter than its checkpoint
             except OSError as error:
                 writer = None
-                tqdm.write(f"warning: nothing logged for a minute, training goes on: {error}", file=sys.stderr)
+                warn(f"nothing logged for a minute, training goes on: {error}")
             if save:
                 save_time = now
                 save_checkpoint(run_dir / "checkpoint.pt", checkpoint())
@@ -703,7 +734,8 @@ def train(args: Args) -> Agent:
             if progress.disable and (last or now - print_time > 5):  # not a terminal: a line now and then
                 print_time, elapsed = now, now - start_time
                 shown = {"unit": " steps", "unit_scale": True, "ncols": 0, "postfix": recent}
-                print(tqdm.format_meter(global_step, total_steps, elapsed, initial=first_step, **shown), flush=True)
+                with suppress(OSError):  # it may go to a file on a full disk
+                    print(tqdm.format_meter(global_step, total_steps, elapsed, initial=first_step, **shown), flush=True)
             if last:
                 break
     except BaseException:
@@ -736,17 +768,24 @@ def train(args: Args) -> Agent:
 
 def main() -> None:
     """The command line."""
+    which_run = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    which_run.add_argument("--resume")
+    which_run.add_argument("--evaluate")
+    given, _ = which_run.parse_known_args()
+    # TensorBoard's thread would print a traceback of a full disk, of which train() makes one line.
+    threading.excepthook = lambda error: issubclass(error.exc_type, OSError) or threading.__excepthook__(error)
     try:
-        args = tyro.cli(Args, description=__doc__)
-        if run := args.resume or args.evaluate:  # once more, with the run's own arguments as defaults
-            default = load_args(run)
-            default.capture_video &= args.evaluate is None
-            args = tyro.cli(Args, description=__doc__, default=default)
+        default = Args()
+        runs = [run for run in (given.resume, given.evaluate) if run]
+        if len(runs) == 1:  # its own arguments are the defaults
+            default = load_args(runs[0])
+            default.capture_video &= given.evaluate is None
+        args = tyro.cli(Args, description=__doc__, default=default)
         if args.evaluate:
             evaluate(args, *load_checkpoint(args.evaluate, args))
         else:
             train(args)
-    except UsageError as error:
+    except (UsageError, MemoryError) as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

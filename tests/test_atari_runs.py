@@ -109,7 +109,7 @@ def test_alone_in_an_empty_folder_and_the_commands_that_it_prints():
 
     lines = out.splitlines()
     assert lines[0] == f"{run_dir}: steps 0 to 128 (100 in whole iterations), 32 per iteration"
-    assert re.fullmatch("2 environments on cpu, convolutions in (bfloat16|float32)", lines[1])
+    assert re.fullmatch("2 environments on cpu, network in (bfloat16|float32)", lines[1])
     assert "\r" not in out, "line-based when not in a terminal"
     returns = load(run_dir)["recent_returns"]
     assert f"last {len(returns)} training episodes: return {np.mean(returns):.2f}" in lines
@@ -157,7 +157,7 @@ def test_bfloat16_is_used_where_the_device_has_it_and_where_it_is_asked_for(caps
     """It computes nearly, but not exactly, what float32 does; the weights are float32 either way."""
     capabilities = torch.cpu.get_capabilities()
     one, other = (train(ppo_atari, **BREAKOUT, total_timesteps=64, bfloat16=x, exp_name=str(x)) for x in (True, False))
-    said = re.findall(r"convolutions in (\w+)", capsys.readouterr().out)
+    said = re.findall(r"network in (\w+)", capsys.readouterr().out)
     if not any("bf16" in name and has is True for name, has in capabilities.items()):
         assert said == ["float32", "float32"]
         pytest.skip("no bfloat16 in this processor")
@@ -862,6 +862,11 @@ def test_two_processes_count_the_games_of_both(together):
     [
         (("--num-envs", 3), "--num-envs 3 does not divide among 2 processes"),
         (("--env-id", "CartPole-v1"), "CartPole-v1"),
+        (("--device", "cuda:0"), "--device cuda, not cuda:0"),
+        pytest.param(
+            *(("--device", "cuda"), "cannot be used"),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_what_two_processes_cannot_run_is_refused(start, flags, words):

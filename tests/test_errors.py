@@ -16,6 +16,7 @@ from helpers import (
     ROOT,
     assert_refused,
     curves,
+    environment,
     finish,
     load,
     next_second,
@@ -58,12 +59,21 @@ TINY = ("--total-timesteps", 1024, "--eval-episodes", 1)
         (("--seed", -1), ["--seed", "-1"]),
         (("--device", "cud"), ["--device cud"]),
         (("--resume", "a", "--evaluate", "b"), ["--resume", "--evaluate"]),
+        (("--resume", ""), ["--resume", "empty"]),
+        (("--evaluate=",), ["--evaluate", "empty"]),
         (("--resume", "no_such_run"), ["no_such_run", "checkpoint.pt"]),
         (("--evaluate", "no_such_run"), ["no_such_run", "checkpoint.pt"]),
     ],
 )
 def test_bad_flags_are_refused_in_one_line(command_line, flags, words):
     assert_refused(ppo, command_line(*flags), *words)
+
+
+def test_what_does_not_fit_in_memory_is_refused(command_line):
+    code, _, err = command_line("--num-steps", 10**12)
+    assert code == 2
+    (line,) = err.splitlines()
+    assert line.startswith("ppo.py: error: Unable to allocate 58.2 TiB")
 
 
 @pytest.mark.parametrize("flags", [("--num-envs", "four"), ("--no-such-flag",), ("--seed",), ("stray",)])
@@ -162,6 +172,7 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so(command_line, monkeypatc
     assert "C++ compiler" in result.out + result.err
     (run_dir,) = Path("runs").glob("*__compiled__*")
     assert curves(run_dir) == curves(eager)
+    assert load(run_dir)["args"]["compile"], "it is resumed with --compile, perhaps where there is a compiler"
 
 
 # ------------------------------------------------------------------------------ checkpoints
@@ -291,6 +302,14 @@ def test_flags_that_contradict_the_checkpoint_are_refused(command_line, finished
     assert contents(finished) == before
 
 
+def test_flags_that_agree_with_the_checkpoint_are_taken(command_line):
+    """Also where they do not fit the script's defaults, 4 x 128 steps."""
+    run_dir = train(num_envs=3, num_steps=4, num_minibatches=6, total_timesteps=120)
+    again = ("--num-minibatches", 6, "--total-timesteps", 240, "--eval-episodes", 1)
+    assert command_line("--resume", run_dir, *again).code == 0
+    assert load(run_dir)["global_step"] == 240
+
+
 def test_another_seed_is_for_evaluation_alone(command_line, finished):
     result = command_line("--resume", finished, "--total-timesteps", 1024, "--seed", 5)
     assert_refused(ppo, result, "--seed 5 contradicts", "made with 1")
@@ -417,20 +436,69 @@ def small_disk(monkeypatch):
     subprocess.run(["umount", "--lazy", disk], check=True)
 
 
+def fill_the_disk(done=lambda: True):
+    """Fill the current folder's disk to the last byte, and again what is freed, until done()."""
+    with Path("filler").open("ab", buffering=0) as file:
+        while True:
+            try:
+                file.write(bytes(4096))
+            except OSError:
+                if done():
+                    return
+                time.sleep(0.001)
+
+
+def test_no_run_begins_on_a_full_disk(command_line, small_disk):
+    run_dir = train(total_timesteps=512)
+    before = (run_dir / "checkpoint.pt").read_bytes()
+    fill_the_disk()
+    for flags in [("--total-timesteps", 512), ("--resume", run_dir, "--total-timesteps", 1024)]:
+        code, _, err = command_line(*flags)
+        assert code == 2
+        (line,) = err.splitlines()
+        assert line.startswith("ppo.py: error: cannot ")
+        assert "No space left on device" in line
+    assert (run_dir / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_log_on_the_disk_that_fills_up_stops_nothing(small_disk):
+    """As with nohup: what the run prints goes there, too, warnings included."""
+    code = "import ppo; ppo.CHECKPOINT_SECONDS = 0.1; ppo.main()"
+    command = [sys.executable, "-c", code, "--total-timesteps", "20000", "--eval-episodes", "1"]
+    with Path("log").open("wb", buffering=0) as log:
+        log.write(bytes(4000))  # of a block of 4096
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment())
+        wait_until(lambda: Path("runs").is_dir() and (the_run() / "checkpoint.pt").exists(), "a checkpoint is saved")
+        fill_the_disk(done=lambda: process.poll() is not None)
+    assert process.returncode in (0, 120), "120: all was done, but when Python ended, not all could be printed"
+    assert 0 < load(the_run())["global_step"] < 20_480
+
+
+@full_device
+@pytest.mark.parametrize("when", ["training", "evaluation"])
+def test_a_film_that_cannot_be_written_costs_one_line(command_line, when):
+    run_dir = train(total_timesteps=512)
+    (run_dir / "videos").mkdir()
+    name = "train-from-512-episode-0" if when == "training" else "eval-at-512-episode-0"
+    (run_dir / "videos" / f"{name}.mp4").symlink_to("/dev/full")
+    flags = ("--resume", run_dir, "--total-timesteps", 1024) if when == "training" else ("--evaluate", run_dir)
+    code, out, err = command_line(*flags, "--capture-video", "--eval-episodes", 1)
+    assert code == 0
+    assert "greedy evaluation at step " in out
+    (line,) = err.splitlines()
+    assert line == f"warning: {name}.mp4 not filmed: ffmpeg failed; is the disk full?"
+
+
 def test_a_disk_that_fills_up_stops_nothing(start, small_disk):
     """Neither checkpoints nor events can be written any more: the run goes on to its end and warns."""
     process = start("--total-timesteps", 20_000, "--eval-episodes", 1, setup="ppo.CHECKPOINT_SECONDS = 0.1")
     wait_for_training(process)
     wait_until(lambda: (the_run() / "checkpoint.pt").exists(), "a checkpoint is saved")
-    with Path("filler").open("wb", buffering=0) as file:
-        while process.poll() is None:  # to the last byte, and again what is freed
-            try:
-                file.write(bytes(4096))
-            except OSError:
-                time.sleep(0.001)
+    fill_the_disk(done=lambda: process.poll() is not None)
     code, out, err = finish(process)
     assert code == 0
     assert "warning: checkpoint not saved" in err
+    assert all(line.startswith("warning: ") for line in err.splitlines())
     assert "greedy evaluation at step 20,480" in out
     run_dir = the_run()
     saved = load(run_dir)["global_step"]

@@ -80,6 +80,16 @@ def test_evaluation_with_another_seed_and_more_episodes(command_line):
     assert play(run_dir, 20, seed=3).tolist() != expected.tolist()
 
 
+@pytest.mark.parametrize("env_id", ["CliffWalking-v1", "CartPole-v1"])
+def test_evaluation_ends_where_episodes_do_not(env_id, capfd, monkeypatch):
+    """CliffWalking has no time limit, and who walks against its border never arrives: a return of -1 a step."""
+    monkeypatch.setattr(ppo, "EVALUATION_STEPS", 1000)
+    train(env_id=env_id, total_timesteps=512, eval_episodes=2)
+    out = capfd.readouterr().out
+    mean = float(re.search(RESULT, out)[2])
+    assert ("2 of them did not end within 1,000 steps" in out) == (env_id == "CliffWalking-v1") == (mean <= -1000)
+
+
 def test_the_printed_command_films_the_agent():
     """`watch it: ...` of a run's last lines leaves an MP4 with one frame for each step and the first observation."""
     flags = ("--total-timesteps", 2048, "--eval-episodes", 1)

@@ -59,7 +59,9 @@ def run(folder: Path, command: list[str]) -> str:
 
 def patch(folder: Path, diff: str) -> None:
     """Apply one of the README's diffs."""
-    subprocess.run(["git", "apply", "--recount", "-"], cwd=folder, input=diff, text=True, check=True)
+    command = ["git", "apply", "--verbose", "--recount", "-"]
+    said = subprocess.run(command, cwd=folder, input=diff, capture_output=True, text=True, check=True).stderr
+    assert "offset" not in said, "its line numbers are those of the script"
 
 
 def test_the_readme_is_complete():

@@ -122,6 +122,12 @@ def test_other_seeds_give_other_runs(unbroken):
     assert not same_weights(load(unbroken[1]), load(unbroken[2]))
 
 
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1_000_000.5)
+    folders = [train(total_timesteps=512).name for _ in range(3)]
+    assert folders == [f"CartPole-v1__ppo__1__{second}" for second in (1_000_000, 1_000_001, 1_000_002)]
+
+
 @pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="no C++ compiler")
 def test_compiled_runs_repeat_to_the_bit(tmp_path):
     """And compute what eager ones do, but for rounding: the losses of the first iteration agree."""

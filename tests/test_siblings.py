@@ -79,8 +79,9 @@ def sections(script):
 def test_shared_definitions_are_the_same_to_the_letter_and_in_the_same_order(script):
     ours, theirs = definitions(source("ppo.py")), definitions(source(script))
     assert {name for name in ours if name in theirs and ours[name] != theirs[name]} == DIFFERENT[script]
-    assert set(ours) <= set(theirs), "ppo.py has nothing that a sibling lacks"
-    assert [name for name in theirs if name in ours] == list(ours)
+    lacking = {"Film"} if script == "ppo_atari.py" else set()  # it has film() instead
+    assert set(ours) - set(theirs) == lacking, "ppo.py has nothing else that a sibling lacks"
+    assert [name for name in theirs if name in ours] == [name for name in ours if name in theirs]
     for container, names in [*SAME_METHODS[script].items(), ("train", SAME_IN_TRAIN)]:
         own, other = definitions(source("ppo.py"), container), definitions(source(script), container)
         assert {name: own[name] for name in names} == {name: other[name] for name in names}
