@@ -512,7 +512,7 @@ def train(args: Args) -> Agent:
             torch.cuda.set_device(device)  # which is where NCCL gathers
         to_device = partial(torch.as_tensor, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device_name} cannot be used: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
