@@ -22,6 +22,7 @@ import ctypes
 import hashlib
 import itertools
 import os
+import random
 import re
 import shlex
 import shutil
@@ -60,11 +61,12 @@ SPACE = {
 SIZES = ("num_envs", "num_steps", "num_minibatches")  # which must fit each other: see Script.can_run
 REPORTS = 20  # how often in a run its return is compared with those of the other trials
 WARMUP = 5  # of these, how many pass in a trial's first run before it can be stopped
-STARTUP = 5  # other trials must have come as far before one can be stopped
+STARTUP = 5  # other trials must have come as far before one can be stopped; and if the first five fail, all stops
 HEARTBEAT = 20  # seconds: a worker silent for three times as long is taken for dead, and its trials run anew
 ATTEMPTS = 3  # so often; then the trial is taken for what kills the worker
 POLL_SECONDS = 0.3
 TERM_SECONDS = 10  # what a stopped run has to end by itself
+PATIENCE = 10  # seconds that another worker has to complete a new study
 
 
 class UsageError(Exception):
@@ -98,7 +100,7 @@ class Args:
     def __post_init__(self) -> None:
         """Refuse what cannot run. Raises UsageError."""
         for name in (self.study, self.report):
-            if name is not None and (not name or Path(name).name != name):
+            if name is not None and (Path(name).name != name or name in ("", "..", "optuna.db")):
                 raise UsageError(f"a study's name becomes the name of a folder, which {name!r} cannot be")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise UsageError("--seeds needs at least one seed, 0 or more, and none twice")
@@ -130,7 +132,8 @@ class Script:
     def __init__(self, path: Path, env_id: str | None, fixed_flags: list[str]) -> None:
         """Raises UsageError where this is no script to tune, or it has no such flags."""
         self.path, self.fixed_flags = path, fixed_flags
-        told = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True)
+        wide = {**os.environ, "COLUMNS": "200"}  # narrow help breaks words and flags apart
+        told = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, env=wide)
         if told.returncode != 0:
             raise UsageError(f"{path} --help fails: {last_line(told.stdout + told.stderr)}")
         # tyro draws boxes, argparse does not; in both a flag stands at the left, and what explains it to the right.
@@ -139,7 +142,7 @@ class Script:
         self.flags, self.switches, self.defaults = {}, {}, {}  # by name; a switch is --no-NAME
         for start, end in itertools.pairwise(starts):
             text = " ".join(line.strip() for line in lines[start:end])
-            flag, *others = re.findall(r"(?<![\w-])--[\w-]+", re.split(r"\s{2,}", lines[start].strip())[0])
+            flag, *others = re.findall(r"(?<![\w-])--[\w.-]+", re.split(r"\s{2,}", lines[start].strip())[0])
             name = flag.strip("-").replace("-", "_")
             self.flags[name] = flag
             if others and others[-1].startswith("--no"):
@@ -163,7 +166,9 @@ class Script:
             if name in ("env_id", "seed"):
                 raise UsageError(f"{flag} is tune.py's own: give {'--seeds' if name == 'seed' else flag} before the --")
             self.fixed[name] = read_value(value or (fixed_flags[i + 1] if i + 1 < len(fixed_flags) else ""))
-        self.env_id = env_id or str(self.defaults.get("env_id"))
+        self.env_id = env_id or self.defaults.get("env_id")
+        if not self.env_id:
+            raise UsageError(f"{path} --help tells no default environment: choose one with --env-id")
         self.total_timesteps = {**self.defaults, **self.fixed}.get("total_timesteps")
         if not isinstance(self.total_timesteps, int) or self.total_timesteps < 1:
             raise UsageError(f"-- --total-timesteps must be a whole number above 0, not {self.total_timesteps}")
@@ -179,7 +184,8 @@ class Script:
             if isinstance(value, bool) and name in self.switches:
                 words.append(self.flags[name] if value else self.switches[name])
             else:
-                words += [self.flags[name], str(value)]
+                word = str(value)  # argparse takes -1e-05 for a flag
+                words += [f"{self.flags[name]}={word}"] if word.startswith("-") else [self.flags[name], word]
         return words
 
     def can_run(self, params: dict) -> bool:
@@ -204,7 +210,8 @@ def read_space(items: tuple[str, ...], script: Script) -> dict[str, BaseDistribu
     lines = []
     for item in items:
         if "=" not in item and item not in SPACE and Path(item).is_file():
-            lines += [line.partition("#")[0].strip() for line in Path(item).read_text().splitlines()]
+            text = Path(item).read_text("utf-8-sig", errors="replace")
+            lines += [line.partition("#")[0].strip() for line in text.splitlines()]
         else:
             lines.append(item)
     specs = {}
@@ -224,11 +231,15 @@ def read_space(items: tuple[str, ...], script: Script) -> dict[str, BaseDistribu
     if not space:
         raise UsageError("there is nothing to tune: name flags of the script with --space")
 
-    sizes = {name: space[name] for name in SIZES if name in space}
-    options = [getattr(kind, "choices", None) or range(int(kind.low), int(kind.high) + 1) for kind in sizes.values()]
-    if not any(script.can_run(dict(zip(sizes, values, strict=True))) for values in itertools.product(*options)):
+    options = {
+        name: getattr(space[name], "choices", None) or range(int(space[name].low), int(space[name].high) + 1)
+        for name in SIZES
+        if name in space
+    }
+    draw = random.Random(0).choice
+    if not any(script.can_run({name: draw(values) for name, values in options.items()}) for _ in range(10_000)):
         rule = "num_envs * num_steps must split evenly into minibatches of at least two samples"
-        raise UsageError(f"--space: {rule}, and fit four times into {script.total_timesteps:,} steps: nothing does")
+        raise UsageError(f"--space: {rule}, and fit four times into {script.total_timesteps:,} steps: hardly any does")
     return space
 
 
@@ -238,6 +249,8 @@ def read_distribution(name: str, spec: str, defaults: dict) -> BaseDistribution:
     try:
         if kind == "choice":
             choices = [read_value(text.strip()) for text in rest.split(",")]
+            if "" in choices or any(re.search(r"\s\w+=", str(choice)) for choice in choices):
+                raise ValueError("an empty choice, or two entries in one")
             choices = list(dict.fromkeys([*choices, defaults.get(name, choices[0])]))
             if all(type(choice) in (int, float) for choice in choices):
                 choices.sort()
@@ -245,6 +258,10 @@ def read_distribution(name: str, spec: str, defaults: dict) -> BaseDistribution:
         low, high = (float(text) for text in rest.split(":"))
         if not (np.isfinite([low, high]).all() and low < high):
             raise ValueError("LOW must be below HIGH")
+        if kind != "int" and type(defaults.get(name)) is int:
+            raise ValueError(f"the script's default is {defaults[name]}, a whole number")
+        if kind == "int" and not (low.is_integer() and high.is_integer()):
+            raise ValueError("LOW and HIGH must be whole numbers")
         if kind == "int":
             return IntDistribution(int(low), int(high))
         return FloatDistribution(low, high, log={"float": False, "log": True}[kind])
@@ -270,6 +287,11 @@ class Sampler(optuna.samplers.TPESampler):
         return {name: kind for name, kind in self.space.items() if not kind.single()}
 
     def sample_relative(self, study, trial, search_space):
+        constants = {  # what has one value only is not in search_space
+            name: kind.choices[0] if isinstance(kind, CategoricalDistribution) else kind.low
+            for name, kind in self.space.items()
+            if kind.single()
+        }
         for attempt in itertools.count() if search_space else ():
             params = super().sample_relative(study, trial, search_space) if attempt < 10 else {}
             if not params:  # there are too few trials to learn from, or TPE insists on what cannot run
@@ -278,7 +300,7 @@ class Sampler(optuna.samplers.TPESampler):
             for name, kind in search_space.items():
                 if isinstance(kind, FloatDistribution):
                     params[name] = min(max(float(f"{params[name]:.3g}"), kind.low), kind.high)
-            if self.script.can_run(params):
+            if self.script.can_run({**constants, **params}):
                 return params
         return {}
 
@@ -338,9 +360,10 @@ class Run:
 
     def read(self) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
         """The last step, and of every event its step, its mean return and its number of episodes."""
-        for path in self.folder.glob("**/events.out.tfevents.*"):
-            if path.parent not in self.readers:
-                self.readers[path.parent] = EventAccumulator(str(path.parent), size_guidance={"scalars": 0})  # all
+        with suppress(FileNotFoundError):  # a folder that the script has just removed
+            for path in self.folder.glob("**/events.out.tfevents.*"):
+                if path.parent not in self.readers:
+                    self.readers[path.parent] = EventAccumulator(str(path.parent), size_guidance={"scalars": 0})  # all
         for events in self.readers.values():
             events.Reload()  # reads on from where it was
             charts = [tag for tag in events.Tags()["scalars"] if tag.startswith("charts/")]
@@ -352,10 +375,12 @@ class Run:
         steps = np.array([event.step for event in series["charts/episodic_return"]])
         returns = np.array([event.value for event in series["charts/episodic_return"]])
         counts = np.ones(len(steps))  # as CleanRL has it, an event for each episode
-        if "charts/episodes" in series:  # an event is the mean of the episodes that ended since the last one
-            episodes = [event.value for event in series["charts/episodes"]][: len(steps)]
-            steps, returns = steps[: len(episodes)], returns[: len(episodes)]  # the last event may be half written
-            counts = np.diff(episodes, prepend=0)
+        known = min(len(series.get("charts/episodes", ())), len(steps))  # the last event may be half written
+        episodes = series["charts/episodes"][:known] if known else []
+        if known >= len(steps) - 1 > 0 and [event.step for event in episodes] == steps[:known].tolist():
+            more = np.diff([event.value for event in episodes], prepend=0)
+            if (more > 0).all():  # then an event is the mean of the episodes that ended since the last one
+                steps, returns, counts = steps[:known], returns[:known], more
         return max(events[-1].step for events in series.values()), steps, returns, counts
 
     def ask_to_end(self) -> None:
@@ -414,9 +439,10 @@ class RunningTrial:
     def poll(self) -> TrialState | None:
         """See how far it is; stop it or start the next seed. The trial's state if it has ended."""
         ended = self.run.process.poll() is not None  # asked before the events are read, so that none is missed
+        crashed = ended and self.run.process.returncode != 0
         total, before = self.script.total_timesteps, self.script.total_timesteps * len(self.returns)
         last_step, steps, returns, counts = self.run.read()
-        while self.next_report < REPORTS and last_step >= (step := total * self.next_report // REPORTS):
+        while not crashed and self.next_report < REPORTS and last_step >= (step := total * self.next_report // REPORTS):
             self.next_report += 1
             so_far = steps <= step
             if so_far.any():
@@ -501,6 +527,13 @@ def open_study(args: Args, script: Script, space: dict[str, BaseDistribution]) -
     attrs = {"command": shlex.join(script.command()), "made_with": made_with}
     study = make_or_load(name, *tools, first, attrs)
     theirs = study.user_attrs.get("made_with", {"script": "something else"})
+    trials = study.get_trials(deepcopy=False)
+    only_failures = all(trial.state in (TrialState.FAIL, TrialState.WAITING) for trial in trials)
+    reasons = {trial.user_attrs.get("reason") for trial in trials} - {None, "interrupted"}
+    if only_failures and reasons and theirs != made_with:  # the user has put right what failed
+        optuna.delete_study(study_name=name, storage=study.sampler.storage)
+        study = make_or_load(name, *tools, first, attrs)
+        theirs = made_with
     for key, ours in made_with.items():
         if theirs[key] != ours:
             asked = {"space": "another --space", "version": f"another version of {script.path.name}"}
@@ -514,17 +547,23 @@ def make_or_load(name: str, sampler: Sampler, pruner, queue: list[tuple[dict, di
     tools = {"storage": sampler.storage, "study_name": name, "sampler": sampler, "pruner": pruner}
     try:
         study = optuna.create_study(direction="maximize", **tools)
-        for params, trial_attrs in queue:
-            study.enqueue_trial(params, trial_attrs)
-        for key, value in {**attrs, "ready": True}.items():
+        for key, value in attrs.items():
             study.set_user_attr(key, value)
-        return study
+        study.set_user_attr("ready", False)
     except optuna.exceptions.DuplicatedStudyError:
         study = optuna.load_study(**tools)
-    for _ in range(50):  # another worker may be at the lines above
+        end = time.monotonic() + PATIENCE
+        while not study.user_attrs.get("ready") and time.monotonic() < end:
+            time.sleep(0.1)
         if study.user_attrs.get("ready"):
-            break
-        time.sleep(0.1)
+            return study
+        if "ready" not in study.user_attrs:
+            return study  # not one of tune.py's
+    there = [trial.user_attrs for trial in study.get_trials(deepcopy=False)]
+    for params, trial_attrs in queue:
+        if not any(trial_attrs.items() <= attrs.items() for attrs in there):
+            study.enqueue_trial(params, trial_attrs)
+    study.set_user_attr("ready", True)
     return study
 
 
@@ -615,6 +654,7 @@ def search(args: Args, script: Script, study: optuna.Study, n_trials: int, folde
                 finished, running = tally(study)
 
             time.sleep(POLL_SECONDS)
+            running = tally(study)[1]  # asked again: with Ctrl-Z, that was a long time
             for slot in list(slots):
                 if slot.trial.number not in [trial.number for trial in running]:
                     slot.end()  # this machine slept, and another worker has put the trial back in the queue
@@ -626,19 +666,27 @@ def search(args: Args, script: Script, study: optuna.Study, n_trials: int, folde
                     seeds = "" if slot.seeds == args.seeds else f", seed {slot.seeds[0]}"
                     flags = trial.user_attrs["flags"] or "the defaults"
                     tqdm.write(f"trial {trial.number}{seeds}: {show(trial)} with {flags}")
-                    if state == TrialState.FAIL and trial.user_attrs.get("defaults"):
+                    if state != TrialState.FAIL:
+                        continue
+                    why = f"{trial.user_attrs['reason']} (see {slot.folder})"
+                    if trial.user_attrs.get("defaults") and slot.steps == 0:
                         run_again(study, trial)  # by the next call, when the user has put it right
-                        reason = trial.user_attrs["reason"]
-                        raise UsageError(f"{script.path} fails with its defaults, {reason} (see {slot.folder})")
+                        raise UsageError(f"{script.path} fails with its defaults before it logs anything, {why}")
+                    finished = tally(study)[0]
+                    if len(finished) >= STARTUP and all(t.state == TrialState.FAIL for t in finished):
+                        raise UsageError(f"all {len(finished)} trials so far failed, the last one by {why}")
     finally:  # after Ctrl-C, for one
+        for signum in old_handlers:
+            signal.signal(signum, signal.SIG_IGN)  # this takes TERM_SECONDS at most
         progress.close()
         for slot in slots:
             slot.run.ask_to_end()
         for slot in slots:
             slot.end()
-            slot.trial.set_user_attr("reason", "interrupted")
-            slot.tell(study, TrialState.FAIL)
-            run_again(study, slot.trial)
+            with suppress(optuna.exceptions.UpdateFinishedTrialError):  # another worker has put it in the queue
+                slot.trial.set_user_attr("reason", "interrupted")
+                slot.tell(study, TrialState.FAIL)
+                run_again(study, slot.trial)
         for signum, handler in old_handlers.items():
             signal.signal(signum, handler)
 
@@ -801,8 +849,9 @@ def draw(study: optuna.Study, trials: list[FrozenTrial], best: FrozenTrial, fold
 def write_report(study: optuna.Study) -> None:
     """Print the report, and write it and the pictures to the study's folder. Raises UsageError."""
     trials, running = tally(study)
-    best, folder, made_with = best_of(trials), Path("runs", study.study_name), study.user_attrs.get("made_with")
-    if best is None or made_with is None:
+    made_with, folder = study.user_attrs.get("made_with"), Path("runs", study.study_name)
+    best = best_of(trials) if made_with else None
+    if best is None:
         raise UsageError(f"no trial of tune.py in the study {study.study_name} is complete")
     folder.mkdir(parents=True, exist_ok=True)
     states = [trial.state.name.lower() for trial in trials] + ["running"] * len(running)
@@ -820,10 +869,12 @@ def write_report(study: optuna.Study) -> None:
         f"The best flags, trial {best.number}, {show(best)} over seed{'s' * (',' in seeds)} {seeds}:",
         f"    {study.user_attrs['command']} {best.user_attrs['flags']}".rstrip(),
     ]
-    text, names = "\n\n".join(parts), draw(study, trials, best, folder)
+    text = "\n\n".join(parts)
+    print(text)  # before anything that can fail
+    names = draw(study, trials, best, folder)
     pictures = "\n".join(f"![{name}]({name})" for name in names)
     (folder / "report.md").write_text(f"{text}\n\n{pictures}\n")
-    print(f"{text}\n\nwritten: {', '.join(str(folder / name) for name in ('report.md', *names))}")
+    print(f"\nwritten: {', '.join(str(folder / name) for name in ('report.md', *names))}")
 
 
 def main() -> None:
@@ -836,6 +887,8 @@ def main() -> None:
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     warnings.filterwarnings("ignore", "Heartbeat of storage")  # search() records it, as study.optimize would
     try:
+        if sum(word.partition("=")[0] == "--space" for word in own) > 1:
+            raise UsageError("--space takes all its entries at once: --space A B C")
         args = tyro.cli(Args, description=__doc__, args=own)
         if args.report:
             try:
@@ -849,8 +902,10 @@ def main() -> None:
             if args.confirm:
                 confirm(args, script, study)
         write_report(study)
-    except UsageError as error:
-        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+    except (UsageError, OSError, optuna.exceptions.StorageInternalError) as error:
+        lost = isinstance(error, optuna.exceptions.StorageInternalError)
+        reason = " ".join(str(error.__cause__ if lost else error).split("(Background")[0].split())
+        print(f"{Path(__file__).name}: error: {reason}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.image import imread
 from optuna.trial import TrialState
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 import ppo
 import tune
@@ -193,6 +197,38 @@ def test_what_fails_is_a_trial_not_the_study(command_line, fail, words):
     assert trials[0].user_attrs["defaults"] and trials[0].params["fail"] != fail
 
 
+def test_defaults_that_diverge_are_a_trial_like_any_other(command_line):
+    Path("toy.py").write_text(TOY.replace('args.fail == "nan"', "args.skill == 0.5"))
+    flags = ["--script", "toy.py", "--n-trials", 3, "--seeds", 1, "--confirm", 0, "--space", "skill=float:0.6:1"]
+    result = command_line(*flags, script=tune)
+    assert result.code == 0, result.err
+    default, *others = counted("toy__Toy-v0")
+    assert default.user_attrs["reason"] == "seed 1: its return is nan"
+    assert [trial.state for trial in others] == [TrialState.COMPLETE] * 2
+    assert "failed, seed 1: its return is nan" in result.out
+
+
+def test_what_failed_is_put_right_and_the_same_study_goes_on(command_line):
+    """No trial of it counts yet: another version of the script, or other flags, take it over."""
+    flags = ["--script", "toy.py", "--n-trials", 2, "--seeds", 1, "--confirm", 0, "--space", "skill=float:0:1"]
+    assert command_line(*flags, "--", "--fail", "silent", script=tune).code == 2
+    result = command_line(*flags, script=tune)
+    assert result.code == 0, result.err
+    assert [trial.state for trial in trials_of("toy__Toy-v0")] == [TrialState.COMPLETE] * 2
+    assert command_line(*flags, "--", "--delay", 0.1, script=tune).code == 2, "from now on they count"
+
+
+def test_the_report_is_printed_whatever_becomes_of_its_pictures(command_line, monkeypatch):
+    def no_space(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tune, "draw", no_space)
+    flags = ["--script", "toy.py", "--n-trials", 1, "--seeds", 1, "--confirm", 0, "--space", "skill=float:0:1"]
+    code, out, err = command_line(*flags, script=tune)
+    assert code == 2 and "python toy.py --env-id Toy-v0" in out
+    assert err.splitlines()[-1] == "tune.py: error: [Errno 28] No space left on device"
+
+
 def test_the_best_is_confirmed_on_fresh_seeds(command_line):
     """Both on seeds that the study had not, and only once; the toy's returns are 100 * skill + seed."""
     flags = ["--script", "toy.py", "--n-trials", 2, "--seeds", 1, 2, "--space", "skill=float:0.8:1"]
@@ -253,6 +289,55 @@ def test_ctrl_c_ends_the_runs_and_the_same_line_goes_on(start, command_line, ami
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 4
     assert [trial.user_attrs.get("instead_of") for trial in trials] == [0, 1, None, None]
     assert trials[0].user_attrs["defaults"] and trials[1].params == stopped[1].params
+
+
+def test_a_second_ctrl_c_leaves_nothing_behind(start):
+    """The runs ignore SIGTERM, so that ending them takes a while."""
+    flags = ["--script", "toy.py", "--seeds", 1, "--confirm", 0, "--n-jobs", 2, "--space", "skill=float:0:1"]
+    process = start(*flags, "--", "--fail", "hang", script="tune", setup=f"{FAST}\ntune.TERM_SECONDS = 1.5")
+    found = wait_until(lambda: len(found := list(Path("runs").glob("*/*/*/pids"))) == 2 and found, "two trials hang")
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)  # it is waiting for them
+    process.send_signal(signal.SIGINT)
+    assert finish(process).code == 130
+    assert not any(alive(int(pid)) for path in found for pid in path.read_text().split())
+    states = [trial.state for trial in trials_of("toy__Toy-v0")]
+    assert states == [TrialState.FAIL] * 2 + [TrialState.WAITING] * 2
+
+
+@pytest.mark.parametrize("written", [0, 3])
+def test_a_study_whose_making_was_interrupted_is_completed(command_line, monkeypatch, written):
+    """By a kill before its `written`-th trial is in the queue, that is: of the confirmation's eight."""
+    flags = ["--script", "toy.py", "--n-trials", 2, "--seeds", 1, "--confirm", 4, "--space", "skill=float:0.6:1"]
+    enqueue_trial, left = optuna.Study.enqueue_trial, [1 + written]
+
+    def enqueue(*args, **kwargs):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        enqueue_trial(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Study, "enqueue_trial", enqueue)
+        assert command_line(*flags, script=tune).code == 130
+    monkeypatch.setattr(tune, "PATIENCE", 0.2)
+    result = command_line(*flags, script=tune)
+    assert result.code == 0, result.err
+    assert "| the script's defaults | 53.50 | 1.12 | 52.00, 53.00, 54.00, 55.00 |" in result.out
+    assert len(list(Path("runs", "toy__Toy-v0").glob("confirm*/*"))) == 8
+
+
+def test_a_worker_that_was_stopped_for_long_lets_go_of_its_trial(start):
+    """As with Ctrl-Z: another worker takes it for dead and runs its trial anew."""
+    flags = (*slow_study(3), 0.2)
+    stopped = start(*flags, script="tune", setup=FAST)
+    wait_until(lambda: list(Path("runs").glob("*/trial-0/seed-1/runs/*/events*")), "its first trial runs")
+    stopped.send_signal(signal.SIGSTOP)
+    other = start(*flags, script="tune", setup=FAST)
+    wait_until(lambda: any(t.user_attrs.get("instead_of") == 0 for t in trials_of("toy__Toy-v0")), "it is given up")
+    stopped.send_signal(signal.SIGCONT)
+    assert [finish(worker).code for worker in (stopped, other)] == [0, 0]
+    assert [trial.state for trial in counted("toy__Toy-v0")] == [TrialState.COMPLETE] * 3
 
 
 def test_trials_of_a_killed_worker_are_run_again(start, command_line):
@@ -354,12 +439,30 @@ def test_two_workers_on_one_study(start, database, request):
         ),
         (["--report", "no_such_study"], ["no_such_study"]),
         (["--space", "skill=float:0:1", "--", "--fail", "silent"], ["charts/episodic_return", "defaults"]),
-        (["--space", "skill=float:0:1", "--", "--fail", "exit"], ["lost the thread", "defaults"]),
+        (["--space", "skill=float:0:1", "--", "--fail", "exit"], ["all 5 trials so far failed", "lost the thread"]),
+        (["--space", "skill=float:0:1", "--space", "delay=float:0:1"], ["--space A B"]),
+        (["--space", "skill=choice:1,"], ["empty choice"]),
+        (["--space", "two.txt"], ["two entries"]),
+        (["--space", "skill=int:0.2:0.9"], ["whole numbers"]),
+        (["--space", "total=float:1:9"], ["--total"]),
+        (["--script", "sizes.py", "--space", "num_steps=int:200000:40000000"], ["four times into 1,000 steps"]),
+        (["--script", "sizes.py", "--space", "num_steps=log:1:100"], ["num_steps", "a whole number"]),
+        (["--script", "sizes.py", "--", "--env-id", "x"], ["--env-id"]),
+        (["--script", "homeless.py", "--space", "seed"], ["--env-id"]),
+        (["--study", ".."], ["'..'"]),
+        (["--space", "skill=float:0:1", "--storage", "sqlite:///file:runs/x.db?mode=ro&uri=true"], ["unable to open"]),
+        (["--space", "skill=float:0:1", "--study", "taken"], ["taken"]),
     ],
 )
 def test_bad_input_gets_one_line(command_line, flags, words):
     Path("broken.py").write_text("1 +")
     Path("stranger.py").write_text("import argparse\nargparse.ArgumentParser().parse_args()")
+    Path("homeless.py").write_text(TOY.replace("formatter_class=argparse.ArgumentDefaultsHelpFormatter", ""))
+    sizes = '"skill": 0.5, "num-envs": 4, "num-steps": 64, "num-minibatches": 4'
+    Path("sizes.py").write_text(TOY.replace('"skill": 0.5', sizes))
+    Path("two.txt").write_text("\ufefffail=choice:no,exit skill=float:0:1")
+    Path("runs").mkdir()
+    Path("runs/taken").touch()
     script = [] if "--script" in flags else ["--script", "toy.py"]
     code, out, err = command_line(*script, *flags, script=tune)
     lines = [line for line in err.splitlines() if "%|" not in line]  # not the progress bar
@@ -425,6 +528,40 @@ def test_the_search_space(scripts):
     }
     with pytest.raises(tune.UsageError, match="split evenly"):
         tune.read_space(("num_steps=int:1:3", "num_minibatches=int:13:20"), scripts["ppo"])
+
+
+def test_flags_reach_other_command_lines(tmp_path):
+    """A negative number, which argparse could take for a flag, and the names of tyro's nested dataclasses."""
+    path = tmp_path / "fork.py"
+    path.write_text(TOY.replace('"skill": 0.5', '"shift": 0.5, "opt.lr": 0.1').replace("args.skill", "args.shift"))
+    script = tune.Script(path, None, ["--opt.lr", "0.2"])
+    assert script.defaults["opt.lr"] == 0.1 and script.fixed["opt.lr"] == 0.2
+    words = script.words({"shift": -1e-05, "opt.lr": 0.3})
+    assert words == ["--shift=-1e-05", "--opt.lr", "0.3"]
+    subprocess.run([sys.executable, path, *words], check=True)
+
+
+@pytest.mark.parametrize("counter", ["of each iteration", "from zero"])
+def test_returns_are_weighted_only_by_counts_that_are_theirs(tmp_path, counter):
+    """A fork that logs each of 200 episodes has no use for a count per iteration, or for one that begins at 0."""
+    events = []
+    for episode in range(1, 201):
+        values = {"charts/episodic_return": float(episode)}
+        if counter == "from zero":
+            values["charts/episodes"] = 3 * (episode - 1)
+        elif episode % 20 == 0:
+            values["charts/episodes"] = episode
+        events.append((10 * episode, values))
+    writer = EventFileWriter(str(tmp_path / "runs" / "x"))
+    for step, values in events:
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        writer.add_event(Event(step=step, summary=summary))
+    writer.close()
+    run = tune.Run.__new__(tune.Run)
+    run.folder, run.readers = tmp_path, {}
+    last_step, _, returns, counts = run.read()
+    assert last_step == 2000
+    assert tune.mean_of_last(returns, counts) == np.mean(range(101, 201))
 
 
 small = st.integers(1, 40)
