@@ -52,6 +52,12 @@ class UsageError(Exception):
     """What the user can put right: the command line prints it as one line and exits with code 2."""
 
 
+def warn(message: str) -> None:
+    """Print it on stderr. Where that goes to a full disk, it is lost: a warning must not end a run."""
+    with suppress(OSError):
+        tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
 @dataclass
 class Args:
     env_id: str = "CartPole-v1"
@@ -324,12 +330,6 @@ def minibatches(args: Args, batch: list[torch.Tensor]) -> Iterator[tuple[torch.T
 # --------------------------------------------------------------------- checkpoint and evaluation
 
 
-def warn(message: str) -> None:
-    """Say it on stderr, unless that goes to a disk that is full as well: nothing here is worth a run."""
-    with suppress(OSError):
-        tqdm.write(f"warning: {message}", file=sys.stderr)
-
-
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Write the checkpoint whole or not at all: a crash or a full disk leaves the old one in place."""
     buffer = io.BytesIO()
@@ -451,7 +451,7 @@ def train(args: Args) -> Agent:
         raise UsageError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
     compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
     compiled = args.compile and shutil.which(compiler.split()[0]) is not None
-    if compiled < args.compile:
+    if args.compile and not compiled:
         print(f"--compile needs a C++ compiler and finds no {compiler}: training without it, only slower")
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -702,6 +702,7 @@ def train(args: Args) -> Agent:
 
 def main() -> None:
     """The command line."""
+    # Read before all else, since the arguments of that run are the defaults of the flags.
     which_run = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     which_run.add_argument("--resume")
     which_run.add_argument("--evaluate")
@@ -711,7 +712,7 @@ def main() -> None:
     try:
         default = Args()
         runs = [run for run in (given.resume, given.evaluate) if run]
-        if len(runs) == 1:  # its own arguments are the defaults
+        if len(runs) == 1:
             default = load_args(runs[0])
             default.capture_video &= given.evaluate is None
         args = tyro.cli(Args, description=__doc__, default=default)
