@@ -482,7 +482,7 @@ class RunningTrial:
         self.trial.set_user_attr("steps", self.steps)
         self.trial.set_user_attr("seconds", time.monotonic() - self.started)
         value = float(np.mean(self.returns)) if state == TrialState.COMPLETE else None
-        study.tell(self.trial, value, state)
+        study.tell(self.trial, value, state, skip_if_finished=True)  # by another worker, just now
 
 
 # ------------------------------------------------------------------------------------- the study
@@ -654,14 +654,16 @@ def search(args: Args, script: Script, study: optuna.Study, n_trials: int, folde
                 finished, running = tally(study)
 
             time.sleep(POLL_SECONDS)
-            running = tally(study)[1]  # asked again: with Ctrl-Z, that was a long time
             for slot in list(slots):
-                if slot.trial.number not in [trial.number for trial in running]:
+                try:
+                    if state := slot.poll():
+                        slot.tell(study, state)
+                except optuna.exceptions.UpdateFinishedTrialError:
                     slot.end()  # this machine slept, and another worker has put the trial back in the queue
                     slots.remove(slot)
-                elif state := slot.poll():
+                    continue
+                if state:
                     slots.remove(slot)
-                    slot.tell(study, state)
                     trial = study.get_trials(deepcopy=False)[slot.trial.number]
                     seeds = "" if slot.seeds == args.seeds else f", seed {slot.seeds[0]}"
                     flags = trial.user_attrs["flags"] or "the defaults"

@@ -327,16 +327,33 @@ def test_a_study_whose_making_was_interrupted_is_completed(command_line, monkeyp
     assert len(list(Path("runs", "toy__Toy-v0").glob("confirm*/*"))) == 8
 
 
+# With the database open, a stopped process would keep it from all others.
+STOPS_BETWEEN_TRANSACTIONS = """
+import os, signal, time
+sleep = time.sleep
+
+def stop_and_sleep(seconds):
+    if os.path.exists("now"):
+        os.remove("now")
+        os.kill(os.getpid(), signal.SIGSTOP)
+    sleep(seconds)
+
+time.sleep = stop_and_sleep
+"""
+
+
 def test_a_worker_that_was_stopped_for_long_lets_go_of_its_trial(start):
     """As with Ctrl-Z: another worker takes it for dead and runs its trial anew."""
     flags = (*slow_study(3), 0.2)
-    stopped = start(*flags, script="tune", setup=FAST)
+    stopped = start(*flags, script="tune", setup=STOPS_BETWEEN_TRANSACTIONS + FAST)
     wait_until(lambda: list(Path("runs").glob("*/trial-0/seed-1/runs/*/events*")), "its first trial runs")
-    stopped.send_signal(signal.SIGSTOP)
+    Path("now").touch()
+    wait_until(lambda: not Path("now").exists(), "it stops")
     other = start(*flags, script="tune", setup=FAST)
     wait_until(lambda: any(t.user_attrs.get("instead_of") == 0 for t in trials_of("toy__Toy-v0")), "it is given up")
     stopped.send_signal(signal.SIGCONT)
-    assert [finish(worker).code for worker in (stopped, other)] == [0, 0]
+    results = [finish(worker) for worker in (stopped, other)]
+    assert [result.code for result in results] == [0, 0], results
     assert [trial.state for trial in counted("toy__Toy-v0")] == [TrialState.COMPLETE] * 3
 
 
