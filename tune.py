@@ -893,6 +893,8 @@ def main() -> None:
             raise UsageError("--space takes all its entries at once: --space A B C")
         args = tyro.cli(Args, description=__doc__, args=own)
         if args.report:
+            if args.storage == Args.storage and not Path(args.storage.removeprefix("sqlite:///")).exists():
+                raise UsageError(f"there is no study {args.report}: {args.storage} does not exist")
             try:
                 study = optuna.load_study(study_name=args.report, storage=open_storage(args.storage))
             except KeyError as error:

@@ -454,7 +454,8 @@ def test_two_workers_on_one_study(start, database, request):
             ["--space", "skill=float:0:1", "--storage", "postgresql+psycopg://u:secret@127.0.0.1:1/x"],
             ["u:***@127.0.0.1"],
         ),
-        (["--report", "no_such_study"], ["no_such_study"]),
+        (["--report", "no_such_study"], ["no_such_study", "does not exist"]),
+        (["--report", "no_such_study", "--storage", "sqlite:///empty.db"], ["no_such_study", "sqlite:///empty.db"]),
         (["--space", "skill=float:0:1", "--", "--fail", "silent"], ["charts/episodic_return", "defaults"]),
         (["--space", "skill=float:0:1", "--", "--fail", "exit"], ["all 5 trials so far failed", "lost the thread"]),
         (["--space", "skill=float:0:1", "--space", "delay=float:0:1"], ["--space A B"]),
@@ -488,6 +489,7 @@ def test_bad_input_gets_one_line(command_line, flags, words):
     for word in words:
         assert word in lines[0]
     assert "secret" not in err and "Traceback" not in out + err
+    assert "--report" not in flags or not Path("runs/optuna.db").exists()  # nothing is made by looking
 
 
 @pytest.mark.parametrize(
