@@ -1,7 +1,7 @@
 """Proximal Policy Optimization (PPO) for Atari games from pixels, in one file.
 
     python ppo_atari.py                                      # ALE/Breakout-v5, 10M steps
-    python ppo_atari.py --env-id ALE/Pong-v5                 # Pong: return 18 in about an hour
+    python ppo_atari.py --env-id ALE/Pong-v5                 # Pong: reaches a return of 18 in about an hour
     python ppo_atari.py --resume runs/RUN                    # continue a stopped run
     python ppo_atari.py --evaluate runs/RUN --capture-video  # play games and film the first
     torchrun --standalone --nproc-per-node 2 ppo_atari.py    # train one agent in two processes, e.g. on two GPUs
@@ -15,6 +15,7 @@ network, DQN (Mnih et al., 2015, Nature 518). "Detail n" is the n-th of The 37 I
 import ast
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -49,7 +50,7 @@ class Args:
     env_kwargs: tuple[str, ...] = ()  # arguments of AtariVectorEnv, e.g. `full_action_space=True noop_max=0`
     sticky_actions: bool = False  # repeat the last action with probability 0.25 in each frame (Machado et al., 2018)
     exp_name: str = Path(__file__).stem  # part of the run's name: runs/<env_id>__<exp_name>__<seed>__<unix time>
-    seed: int = 1  # seed of all random numbers; on the CPU, the same seed gives the same result to the bit
+    seed: int = 1  # seed of all random numbers; on one machine's CPU, the same seed gives the same bits
     total_timesteps: int = 10_000_000  # steps to train for, over all environments; rounded up to whole iterations
     num_envs: int = 8  # number of environments stepped together, over all processes of torchrun
     num_steps: int = 128  # steps of each environment per iteration
@@ -61,29 +62,29 @@ class Args:
     update_epochs: int = 4  # epochs per iteration
     norm_adv: bool = True  # normalize advantages in each minibatch
     clip_coef: float = 0.1  # clip range of the probability ratio
-    clip_vloss: bool = True  # also clip the change of the value function, by clip_coef
+    clip_vloss: bool = True  # also clip how far values move from the old values, by clip_coef
     ent_coef: float = 0.01  # coefficient of the entropy bonus
     vf_coef: float = 0.5  # coefficient of the value loss
-    max_grad_norm: float = 0.5  # maximum norm of the gradient
-    target_kl: float | None = None  # end an iteration's epochs once the approximate KL divergence exceeds this
+    max_grad_norm: float = 0.5  # a gradient with a larger norm is scaled down to this norm
+    target_kl: float | None = None  # stop the epochs when the approximate KL divergence exceeds this
     device: str = "cpu"  # device of the network and the rollout: `cpu`, `cuda`, `cuda:1`, ...
     bfloat16: bool = True  # compute all but the two heads in bfloat16, if the device has it in hardware
-    compile: bool = False  # compile the learning step with torch.compile; needs a C++ compiler
-    capture_video: bool = False  # film the first game of each evaluation into videos/
+    compile: bool = False  # compile the gradient step with torch.compile; needs a C++ compiler
+    capture_video: bool = False  # film the first game of each evaluation into RUN/videos/
     eval_episodes: int = 10  # number of games played after training and by `--evaluate`
     resume: str | None = None  # resume this run, e.g. `runs/RUN`; a larger `--total-timesteps` extends it
     evaluate: str | None = None  # evaluate the policy of this run, e.g. `runs/RUN`, instead of training
 
     def __post_init__(self) -> None:
         """Validate the arguments. Raises UsageError."""
-        sizes = ("total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_episodes")
-        for name in (*sizes, "learning_rate", "clip_coef", "max_grad_norm"):
+        counts = ("total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_episodes")
+        for name in (*counts, "learning_rate", "clip_coef", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
-                raise UsageError(f"--{name.replace('_', '-')} must be positive")
-        if self.seed < 0 or not (0 <= self.gamma <= 1 and 0 <= self.gae_lambda <= 1):
-            raise UsageError("--seed must not be negative, --gamma and --gae-lambda must be between 0 and 1")
-        if self.num_envs * self.num_steps % self.num_minibatches:
-            raise UsageError("--num-minibatches must divide num_envs * num_steps")
+                raise UsageError(f"--{name.replace('_', '-')} must be positive and finite")
+        if not (0 <= self.seed < 2**32 and 0 <= self.gamma <= 1 and 0 <= self.gae_lambda <= 1):
+            raise UsageError("--seed must be between 0 and 2**32 - 1, --gamma and --gae-lambda between 0 and 1")
+        if (n := self.num_envs * self.num_steps) % self.num_minibatches or n == self.num_minibatches:
+            raise UsageError("--num-minibatches must divide num_envs * num_steps, into 2 samples or more")
         if not all("=" in text for text in self.env_kwargs):
             raise UsageError("--env-kwargs takes name=value")
 
@@ -98,7 +99,7 @@ def make_envs(args: Args, num_envs: int, **options) -> AtariVectorEnv:
     """
     env_kwargs = dict(text.split("=", 1) for text in args.env_kwargs)
     for name, value in env_kwargs.items():
-        with suppress(ValueError, SyntaxError):  # what is no Python literal stays a string
+        with suppress(ValueError, SyntaxError):  # a value that is not a Python literal stays a string
             env_kwargs[name] = ast.literal_eval(value)
     spec = gym.registry.get(args.env_id)
     if spec is None or not str(spec.entry_point).startswith("ale_py"):
@@ -117,7 +118,7 @@ def make_envs(args: Args, num_envs: int, **options) -> AtariVectorEnv:
 
 
 def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
-    """Orthogonal weights, zero biases (detail 2)."""
+    """Initialize with orthogonal weights and zero biases (detail 2)."""
     nn.init.orthogonal_(layer.weight, std)
     nn.init.zeros_(layer.bias)
     return layer
@@ -142,7 +143,7 @@ class Agent(nn.Module):
         )
         num_features = convolutions(torch.zeros(1, stack, height, width)).shape[1]  # 3136 for 84x84
         self.trunk = nn.Sequential(*convolutions, layer_init(nn.Linear(num_features, 512)), nn.ReLU(inplace=True))
-        self.actor = layer_init(nn.Linear(512, self.num_actions), std=0.01)  # all actions are about equally likely
+        self.actor = layer_init(nn.Linear(512, self.num_actions), std=0.01)  # at first, all about equally likely
         self.critic = layer_init(nn.Linear(512, 1), std=1.0)
 
     def features(self, observations: torch.Tensor) -> torch.Tensor:
@@ -181,15 +182,14 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma: 
         A_t     = delta_t + gamma * lambda * (1 - ended_t) * A_{t+1}
 
     s'_t is the true next observation, also at the end of an episode. After a termination there is no further
-    reward and V(s'_t) is left out; after a truncation (e.g. a time limit) there would be, and V(s'_t) stays.
+    reward and V(s'_t) is left out; a truncated episode (e.g. by a time limit) would go on, and V(s'_t) is kept.
     All arrays are [num_steps, num_envs], terminations and truncations boolean. Returns the advantages.
     """
     deltas = rewards + gamma * next_values * ~terminations - values
     decays = gamma * gae_lambda * ~(terminations | truncations)
     advantages, advantage = np.zeros_like(deltas), 0.0
     for t in reversed(range(len(deltas))):
-        advantage = deltas[t] + decays[t] * advantage
-        advantages[t] = advantage
+        advantages[t] = advantage = deltas[t] + decays[t] * advantage
     return advantages
 
 
@@ -229,13 +229,13 @@ def train(args: Args) -> Path:
             run_dir.mkdir(parents=True)
     envs = make_envs(args, N)
     agent = Agent(envs, bfloat16).to(device)
-    learning_rate = torch.tensor(args.learning_rate) if args.compile else args.learning_rate  # floats are compiled in
+    learning_rate = torch.tensor(args.learning_rate) if args.compile else args.learning_rate  # floats recompile
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, eps=1e-5, fused=not args.compile)  # detail 3
     initial_learning_rates = [group["lr"] for group in optimizer.param_groups]
     global_step = load_checkpoint(run_dir, agent, optimizer)["global_step"] if args.resume else 0
     if rank > 0:  # other actions and minibatches in each process
-        torch.manual_seed(args.seed + global_step + rank)
+        torch.manual_seed(10_000 * args.seed + global_step + rank)
 
     def update(observations, actions, old_logprobs, old_values, advantages, returns) -> dict[str, torch.Tensor]:
         """Take one gradient step on a minibatch, tensors [minibatch_size, ...]. Returns metrics (detail 12)."""
@@ -254,7 +254,6 @@ def train(args: Args) -> Path:
             clipped_values = values.clamp(old_values - args.clip_coef, old_values + args.clip_coef)
             squared_errors = torch.max(squared_errors, (clipped_values - returns).square())
         value_loss = 0.5 * squared_errors.mean()
-
         entropy = entropies.mean()
         loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy  # detail 10, PPO equation 9
         loss.backward()
@@ -276,6 +275,8 @@ def train(args: Args) -> Path:
         return metrics
 
     if args.compile:
+        if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
+            raise UsageError("--compile needs a C++ compiler")
         torch._dynamo.config.trace_autograd_ops = True  # compile backward() as well
         update = torch.compile(update)
 
@@ -290,13 +291,12 @@ def train(args: Args) -> Path:
     truncations = np.zeros((T, N), bool)
     episode_returns, episode_lengths = np.zeros(N), np.zeros(N, np.int64)  # of the current games
     recent_returns = []
-    frames, infos = envs.reset(seed=args.seed + global_step + rank * N)
+    frames, infos = envs.reset(seed=10_000 * args.seed + global_step + rank * N)
     observations[T] = to_device(frames).permute(0, 2, 3, 1)
 
     if rank == 0:  # the first process logs and saves for all
-        writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # a resumed run logs these steps again
-        table = "\n".join(f"|{name}|{value}|" for name, value in vars(args).items())
-        writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{table}", global_step)
+        writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # hides what was logged after the checkpoint
+        writer.add_text("hyperparameters", "\n".join(f"    {name}: {value}" for name, value in vars(args).items()))
     stop_signal = None
 
     def request_stop(signum, frame):
@@ -342,9 +342,8 @@ def train(args: Args) -> Path:
             if truncations.any():  # there the next row belongs to the next game
                 final_observations = to_device(np.concatenate(final_frames)).permute(0, 2, 3, 1).contiguous()
                 next_values[to_device(truncations)] = agent.value(agent.features(final_observations))
-        estimates = values.cpu().numpy(), next_values.cpu().numpy()
-        advantages = compute_gae(rewards, *estimates, terminations, truncations, args.gamma, args.gae_lambda)
-        advantages = to_device(advantages)
+        gae_inputs = values.cpu().numpy(), next_values.cpu().numpy(), terminations, truncations
+        advantages = to_device(compute_gae(rewards, *gae_inputs, args.gamma, args.gae_lambda))
         returns = advantages + values
         batch = (observations[:T], actions, old_logprobs, values, advantages, returns)
         batch = [x.flatten(0, 1) for x in batch]  # each [num_steps * num_envs, ...]
@@ -393,15 +392,15 @@ def train(args: Args) -> Path:
         writer.file_writer.add_summary(summary, global_step)
         if not math.isfinite(metrics["losses/grad_norm"]):
             writer.close()
-            raise UsageError(f"NaN or infinite gradient before step {global_step:,}; the last checkpoint is kept")
+            raise UsageError(f"NaN or infinite gradient before step {global_step:,}; an earlier checkpoint is kept")
 
-        if last or now - save_time > 60:  # seconds between checkpoints
+        if last or now - save_time > 60:  # seconds between two checkpoints
             save_time = now
             writer.flush()
             save_checkpoint(run_dir, args, agent, optimizer, global_step)
         progress.set_postfix_str(f"return {np.mean(recent_returns):.2f}" if recent_returns else "", refresh=False)
         progress.update(batch_size)
-        if progress.disable and (last or iteration % 10 == 9):  # not a terminal
+        if progress.disable and (last or iteration % 10 == 9):  # no terminal, no progress bar
             print(f"step {global_step:,}  {metrics['charts/SPS']:,.0f} steps/s  {progress.postfix or ''}", flush=True)
         if last:
             break
@@ -414,19 +413,18 @@ def train(args: Args) -> Path:
         dist.destroy_process_group()
     if rank > 0:
         return run_dir
-    command = f"python {sys.argv[0]}"
     if stop_signal is not None:
-        print(f"stopped at step {global_step:,}; to resume: {command} --resume {run_dir}", flush=True)
+        print(f"stopped at step {global_step:,}; to resume: python {sys.argv[0]} --resume {run_dir}", flush=True)
         raise SystemExit(128 + stop_signal)
     evaluate(args, run_dir)
     print(f"learning curves: tensorboard --logdir {run_dir}")
-    print(f"film:            {command} --evaluate {run_dir} --capture-video")
-    print(f"train longer:    {command} --resume {run_dir} --total-timesteps {2 * total_steps}")
+    print(f"film:            python {sys.argv[0]} --evaluate {run_dir} --capture-video")
+    print(f"train longer:    python {sys.argv[0]} --resume {run_dir} --total-timesteps {2 * total_steps}")
     return run_dir
 
 
 def save_checkpoint(run_dir: Path, args: Args, agent: Agent, optimizer: torch.optim.Adam, global_step: int) -> None:
-    """Replace the run's checkpoint as a whole: an interruption leaves the previous one."""
+    """Replace the run's checkpoint atomically: if interrupted, the previous one stays."""
     checkpoint = {
         "args": {name: value for name, value in vars(args).items() if name not in ("resume", "evaluate")},
         "agent": agent.state_dict(),
@@ -442,15 +440,17 @@ def save_checkpoint(run_dir: Path, args: Args, agent: Agent, optimizer: torch.op
 
 
 def load_checkpoint(run: str | Path, agent: Agent | None = None, optimizer: torch.optim.Adam | None = None) -> dict:
-    """Load the checkpoint of a run, e.g. `runs/RUN`, also into the agent and the optimizer. Raises UsageError."""
+    """Load a run's checkpoint, e.g. of `runs/RUN`, also into the agent and the optimizer. Raises UsageError."""
     path = Path(run, "checkpoint.pt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         Args(**checkpoint["args"])
-        if agent:
+        if agent is not None:
             agent.load_state_dict(checkpoint["agent"])
-        if optimizer:
+        if optimizer is not None:
+            param_groups = [dict(group) for group in optimizer.param_groups]
             optimizer.load_state_dict(checkpoint["optimizer"])
+            optimizer.param_groups[:] = param_groups  # their options depend on --compile
             torch.set_rng_state(checkpoint["rng_state"])
     except Exception as error:  # a damaged file raises nearly anything
         raise UsageError(f"cannot load {path}: {' '.join(str(error).split())[:200]}") from error
@@ -474,7 +474,7 @@ def evaluate(args: Args, run: str | Path) -> np.ndarray:
     agent, step = load_agent(run), load_checkpoint(run)["global_step"]
     envs = make_envs(args, args.eval_episodes, life_loss_info=False)
     returns, ended = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes, bool)
-    seed = args.seed + 1_000_000  # other games than in training
+    seed = 10_000 * args.seed + 5_000  # apart from the seeds of training
     torch.manual_seed(seed)
     frames, _ = envs.reset(seed=seed)
     game = []  # the first one: each action, and the number of the frame after it
@@ -524,19 +524,19 @@ def main() -> None:
     """The command line."""
     try:
         args = tyro.cli(Args, description=__doc__)
-        if run := args.resume or args.evaluate:  # the flags of the run are the defaults
+        if run := args.evaluate or args.resume:  # the run's own flags become the defaults
             saved = load_checkpoint(run)["args"]
             args = tyro.cli(Args, description=__doc__, default=Args(**saved))
-            free = {"seed", "total_timesteps", "device", "bfloat16", "compile", "capture_video", "eval_episodes"}
-            changed = [f"--{x.replace('_', '-')}" for x in saved.keys() - free if getattr(args, x) != saved[x]]
+            allowed = {"seed", "total_timesteps", "device", "bfloat16", "compile", "capture_video", "eval_episodes"}
+            changed = [f"--{x.replace('_', '-')}" for x in saved.keys() - allowed if getattr(args, x) != saved[x]]
             if changed:
                 raise UsageError(f"{run} was made with other values of {', '.join(changed)}")
         if args.evaluate:
             evaluate(args, args.evaluate)
         else:
             train(args)
-    except (UsageError, torch._dynamo.exc.BackendCompilerFailed) as error:  # the latter without a C++ compiler
-        print(f"{Path(__file__).name}: error: {str(error).splitlines()[0]}", file=sys.stderr)
+    except UsageError as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
