@@ -1,496 +1,312 @@
-"""Speed of a training script against Stable-Baselines3's PPO with the same hyperparameters.
+"""Training speed of a script against Stable-Baselines3's PPO with the same hyperparameters.
 
-    python benchmark/throughput.py                  # about ten minutes; leave the machine alone meanwhile
+    python benchmark/throughput.py                  # takes about ten minutes on an otherwise idle machine
     python benchmark/throughput.py --scenario ppo_atari --repeats 3 --total-timesteps 10240 --name throughput_atari
     python benchmark/throughput.py --scenario ppo_continuous_action --name throughput_continuous_action
-    python benchmark/throughput.py --repeats 1 --total-timesteps 20000 --name trial
 
-Everything is measured in a process of its own, alternating over several rounds, so that ratios compare
-neighbours in time. The script runs as its users run it: with TensorBoard, checkpoints
-and, on a terminal, the progress bar. Steps per second are those after the first tenth of a run, so they have
-neither start-up nor compilation in them; these are given in seconds of their own. Setting up:
+Each measurement runs in its own process. All are taken once in each round, one after the other, and ratios are
+those of the same round, so that slow changes of the machine's speed cancel. The script runs as usual, with
+TensorBoard and checkpoints. Steps per second exclude the first tenth of a run and thus start-up and compilation.
 
-    pip install -r requirements.txt -r benchmark/requirements.txt
+Requirements: pip install -r requirements.txt -r benchmark/requirements.txt
 """
 
-import importlib.util
+import importlib
 import json
 import os
-import pty
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import tyro
-from learning import RESULTS, ROOT, UsageError, describe_machine
+from learning import RESULTS, ROOT, describe_machine
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
-# torch and stable_baselines3 are imported in the workers alone: Linux counts the memory that a process
-# had when it started a child as the child's, too, so this one stays small.
+# Only the workers import torch and stable_baselines3: Linux counts the memory of a process at the time it starts
+# a child as the child's, so that a large process here would hide the peak memory of a small one.
 
-# ------------------------------------------------------------------------------------- scenarios
-
-
-def sb3_cartpole(seed: int):
-    """Stable-Baselines3's PPO with the hyperparameters of the scenario `ppo`.
-
-    Its defaults have the rest: separate 64x64 tanh networks, Adam's epsilon 1e-5, normalized advantages.
-    """
-    from stable_baselines3 import PPO
-    from stable_baselines3.common.env_util import make_vec_env
-
-    return PPO(
-        "MlpPolicy",
-        make_vec_env("CartPole-v1", 4, seed=seed),
-        learning_rate=lambda remaining: 2.5e-4 * remaining,
-        n_steps=128,
-        batch_size=128,
-        n_epochs=4,
-        gamma=0.99,
-        gae_lambda=0.95,
-        clip_range=0.2,
-        clip_range_vf=0.2,
-        ent_coef=0.01,
-        vf_coef=0.5,
-        max_grad_norm=0.5,
-        seed=seed,
-        device="cpu",
-    )
-
-
-def sb3_breakout(seed: int):
-    """Stable-Baselines3's PPO with the hyperparameters of the scenario `ppo_atari`, and its own Atari wrappers."""
-    import ale_py
-    import gymnasium
-    from stable_baselines3 import PPO
-    from stable_baselines3.common.env_util import make_atari_env
-    from stable_baselines3.common.vec_env import VecFrameStack
-
-    gymnasium.register_envs(ale_py)
-    return PPO(
-        "CnnPolicy",
-        VecFrameStack(make_atari_env("BreakoutNoFrameskip-v4", 8, seed=seed), 4),
-        learning_rate=lambda remaining: 2.5e-4 * remaining,
-        n_steps=128,
-        batch_size=256,
-        n_epochs=4,
-        gamma=0.99,
-        gae_lambda=0.95,
-        clip_range=0.1,
-        clip_range_vf=0.1,
-        ent_coef=0.01,
-        vf_coef=0.5,
-        max_grad_norm=0.5,
-        seed=seed,
-        device="cpu",
-    )
-
-
-def sb3_halfcheetah(seed: int):
-    """Stable-Baselines3's PPO with the hyperparameters of the scenario `ppo_continuous_action`, and its normalizer."""
-    from stable_baselines3 import PPO
-    from stable_baselines3.common.env_util import make_vec_env
-    from stable_baselines3.common.vec_env import VecNormalize
-
-    return PPO(
-        "MlpPolicy",
-        VecNormalize(make_vec_env("HalfCheetah-v5", 1, seed=seed), gamma=0.99),
-        learning_rate=lambda remaining: 3e-4 * remaining,
-        n_steps=2048,
-        batch_size=64,
-        n_epochs=10,
-        gamma=0.99,
-        gae_lambda=0.95,
-        clip_range=0.2,
-        clip_range_vf=0.2,
-        ent_coef=0.0,
-        vf_coef=0.5,
-        max_grad_norm=0.5,
-        seed=seed,
-        device="cpu",
-    )
+# Spelled out, so that a change of a script's defaults does not change what is measured.
+COMMON_FLAGS = "--anneal-lr --norm-adv --clip-vloss --gamma 0.99 --gae-lambda 0.95 --vf-coef 0.5 --max-grad-norm 0.5"
 
 
 @dataclass
 class Scenario:
-    """What to run, and its equal in Stable-Baselines3."""
+    """Hyperparameters of a script, and what to measure with them."""
 
-    script: Path
-    flags: str  # hyperparameters spelled out, so that a change of the script's defaults changes nothing here
-    variants: dict[str, str]  # names of what is compared, and the flags that make them
-    threads: int  # of torch, and of ALE
+    flags: str
     num_envs: int
     num_steps: int
     num_minibatches: int
-    more_envs: dict[int, tuple[str, ...]]  # other numbers of environments, and the variants to measure with them
-    more_iterations: int  # at least as many for each of these
-    sb3: Callable  # makes Stable-Baselines3's model for a seed
-    arithmetic: tuple[str, ...] = ()  # number formats in which the network's arithmetic alone is a limit, too
+    variants: tuple[str, ...]  # flags of the variants to compare
+    more_envs: tuple[int, ...]  # further numbers of environments
+    more_variants: tuple[str, ...]  # variants to measure with these
+    more_iterations: int  # minimum number of iterations with these
+    threads: int = 1  # of torch, and of ALE
+    dtypes: tuple[str, ...] = ()  # number formats in which the arithmetic of the network alone is measured
 
-    def arguments(self, num_envs: int) -> list[str]:
-        """The script's command line, but for the seed and the steps."""
+    def arguments(self, variant: str, num_envs: int, total_timesteps: int, seed: int) -> list[str]:
+        """Command-line arguments of the script."""
         sizes = f"--num-envs {num_envs} --num-steps {self.num_steps} --num-minibatches {self.num_minibatches}"
-        return shlex.split(f"{self.flags} {sizes}")
+        run = f"--total-timesteps {total_timesteps} --seed {seed} --eval-episodes 1"
+        return shlex.split(f"{COMMON_FLAGS} {self.flags} {sizes} {run} {variant}")
 
 
 SCENARIOS = {
     "ppo": Scenario(
-        script=ROOT / "ppo.py",
-        flags="--env-id CartPole-v1 --update-epochs 4 --learning-rate 2.5e-4 --anneal-lr --gamma 0.99 "
-        "--gae-lambda 0.95 --clip-coef 0.2 --clip-vloss --norm-adv --ent-coef 0.01 --vf-coef 0.5 --max-grad-norm 0.5",
-        variants={"ppo.py": "", "ppo.py --compile": "--compile"},
-        threads=1,
+        flags="--env-id CartPole-v1 --update-epochs 4 --learning-rate 2.5e-4 --clip-coef 0.2 --ent-coef 0.01",
         num_envs=4,
         num_steps=128,
         num_minibatches=4,
-        more_envs={n: ("ppo.py", "ppo.py --compile") for n in (16, 64)},
+        variants=("", "--compile"),
+        more_envs=(16, 64),
+        more_variants=("", "--compile"),
         more_iterations=50,
-        sb3=sb3_cartpole,
     ),
     "ppo_atari": Scenario(
-        script=ROOT / "ppo_atari.py",
-        flags="--env-id ALE/Breakout-v5 --update-epochs 4 --learning-rate 2.5e-4 --anneal-lr --gamma 0.99 "
-        "--gae-lambda 0.95 --clip-coef 0.1 --clip-vloss --norm-adv --ent-coef 0.01 --vf-coef 0.5 --max-grad-norm 0.5 "
-        "--eval-episodes 1",
-        variants={
-            "ppo_atari.py": "",
-            "ppo_atari.py --compile": "--compile",
-            "ppo_atari.py --no-bfloat16": "--no-bfloat16",
-        },
-        threads=2,
+        flags="--env-id ALE/Breakout-v5 --update-epochs 4 --learning-rate 2.5e-4 --clip-coef 0.1 --ent-coef 0.01",
         num_envs=8,
         num_steps=128,
         num_minibatches=4,
-        more_envs={n: ("ppo_atari.py",) for n in (32, 128)},
+        variants=("", "--compile", "--no-bfloat16"),
+        more_envs=(32, 128),
+        more_variants=("",),
         more_iterations=5,
-        sb3=sb3_breakout,
-        arithmetic=("bfloat16", "float32"),
+        threads=2,
+        dtypes=("bfloat16", "float32"),
     ),
     "ppo_continuous_action": Scenario(
-        script=ROOT / "ppo_continuous_action.py",
-        flags="--env-id HalfCheetah-v5 --update-epochs 10 --learning-rate 3e-4 --anneal-lr --gamma 0.99 "
-        "--gae-lambda 0.95 --clip-coef 0.2 --clip-vloss --norm-adv --ent-coef 0 --vf-coef 0.5 --max-grad-norm 0.5",
-        variants={"ppo_continuous_action.py": "", "ppo_continuous_action.py --compile": "--compile"},
-        threads=1,
+        flags="--env-id HalfCheetah-v5 --update-epochs 10 --learning-rate 3e-4 --clip-coef 0.2 --ent-coef 0",
         num_envs=1,
         num_steps=2048,
         num_minibatches=32,
-        more_envs={8: ("ppo_continuous_action.py", "ppo_continuous_action.py --compile")},
+        variants=("", "--compile"),
+        more_envs=(8,),
+        more_variants=("", "--compile"),
         more_iterations=10,
-        sb3=sb3_halfcheetah,
     ),
 }
 
 
 @dataclass
 class Args:
-    scenario: str = "ppo"
-    """what to measure, one of SCENARIOS"""
-    repeats: int = 5
-    """rounds, in each of which everything is measured once"""
-    total_timesteps: int = 100_000
-    """steps of each run; with more environments at least 50 iterations"""
-    name: str = "throughput"
-    """what to call the result: benchmark/results/<name>.md"""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot run. Raises UsageError."""
-        if self.scenario not in SCENARIOS:
-            raise UsageError(f"--scenario must be one of {', '.join(SCENARIOS)}, not {self.scenario}")
-        if self.repeats < 1:
-            raise UsageError(f"--repeats must be at least 1, not {self.repeats}")
-        if self.total_timesteps < 10_000:
-            raise UsageError(f"--total-timesteps must be at least 10000, not {self.total_timesteps}")
-        if not self.name or Path(self.name).name != self.name:
-            raise UsageError(f"--name becomes the name of a file, which {self.name!r} cannot be")
+    scenario: Literal["ppo", "ppo_atari", "ppo_continuous_action"] = "ppo"  # name of the script
+    repeats: int = 5  # number of rounds
+    total_timesteps: int = 100_000  # steps of each run; more with many environments, see Scenario.more_iterations
+    more_envs: tuple[int, ...] | None = None  # further numbers of environments; by default those of the scenario
+    name: str = "throughput"  # name of the result, benchmark/results/<name>.md
 
 
-# --------------------------------------------------------------------------------------- workers
-# Each runs in a process of its own, as `throughput.py worker SCENARIO NAME STEPS SEED`, and prints JSON.
+# ---------------------------------------------------------------- workers, each in its own process
 
 
-def load_script(scenario: Scenario):
-    """The training script as a module, and its arguments in this scenario."""
-    spec = importlib.util.spec_from_file_location(scenario.script.stem, scenario.script)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module, tyro.cli(module.Args, args=scenario.arguments(scenario.num_envs))
+def load_script(name: str, total_timesteps: int, seed: int):
+    """Import the script. Returns the module and its Args."""
+    sys.path.insert(0, str(ROOT))
+    script, scenario = importlib.import_module(name), SCENARIOS[name]
+    return script, tyro.cli(script.Args, args=scenario.arguments("", scenario.num_envs, total_timesteps, seed))
 
 
-def work_sb3(scenario: Scenario, total_steps: int, seed: int) -> dict:
-    """Train with Stable-Baselines3. Nothing is logged to disk, drawn or saved, which is in its favour."""
-    import torch
-    from stable_baselines3.common.callbacks import BaseCallback
+def work_sb3(scenario: str, total_timesteps: int, seed: int) -> dict:
+    """Train with Stable-Baselines3, with the script's hyperparameters and environment wrappers.
 
-    class Clock(BaseCallback):
-        """Notes the time after the first tenth, between two iterations."""
+    What is not given has the same value by default: networks, Adam's epsilon, normalized advantages.
+    """
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.env_util import make_atari_env, make_vec_env
+    from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
-        start = None
+    _, args = load_script(scenario, total_timesteps, seed)
+    if scenario == "ppo_atari":  # the script has imported ale_py, which registers the game
+        envs = VecFrameStack(make_atari_env("BreakoutNoFrameskip-v4", args.num_envs, seed=seed), 4)
+    else:
+        envs = make_vec_env(args.env_id, args.num_envs, seed=seed)
+    if scenario == "ppo_continuous_action":
+        envs = VecNormalize(envs, gamma=args.gamma)
+    model = PPO(
+        "CnnPolicy" if scenario == "ppo_atari" else "MlpPolicy",
+        envs,
+        learning_rate=lambda remaining: args.learning_rate * remaining,
+        n_steps=args.num_steps,
+        batch_size=args.num_envs * args.num_steps // args.num_minibatches,
+        n_epochs=args.update_epochs,
+        gamma=args.gamma,
+        gae_lambda=args.gae_lambda,
+        clip_range=args.clip_coef,
+        clip_range_vf=args.clip_coef,
+        ent_coef=args.ent_coef,
+        vf_coef=args.vf_coef,
+        max_grad_norm=args.max_grad_norm,
+        seed=seed,
+        device="cpu",
+    )
+    model.learn(total_timesteps // 10)
+    warm_up_steps, start = model.num_timesteps, time.perf_counter()
+    model.learn(total_timesteps - warm_up_steps, reset_num_timesteps=False)
+    return {"steps_per_second": (model.num_timesteps - warm_up_steps) / (time.perf_counter() - start)}
 
-        def _on_rollout_start(self) -> None:
-            if self.start is None and self.num_timesteps >= total_steps / 10:
-                self.start = self.num_timesteps, time.perf_counter()
 
-        def _on_step(self) -> bool:
-            return True
-
-    torch.set_num_threads(scenario.threads)
-    model, clock = scenario.sb3(seed), Clock()
-    model.learn(total_steps, callback=clock)
-    steps, seconds = model.num_timesteps - clock.start[0], time.perf_counter() - clock.start[1]
-    return {"steps": model.num_timesteps, "steps_per_second": steps / seconds}
-
-
-def work_limit(scenario: Scenario, total_steps: int, seed: int) -> dict:
-    """Step the script's vector environment with random actions: no training can be faster."""
-    script, args = load_script(scenario)
+def work_envs(scenario: str, total_timesteps: int, seed: int) -> dict:
+    """Step the environments of the script with random actions, without training."""
+    script, args = load_script(scenario, total_timesteps, seed)
     envs = script.make_envs(args, args.num_envs)
     envs.reset(seed=seed)
     envs.action_space.seed(seed)
-    actions = [envs.action_space.sample() for _ in range(1000)]  # beforehand: drawing them takes time, too
+    actions = [envs.action_space.sample() for _ in range(1000)]  # sampled before the clock starts
     manual_reset = envs.metadata["autoreset_mode"].name == "DISABLED"
     start = time.perf_counter()
-    for t in range(total_steps // args.num_envs):
+    for t in range(total_timesteps // args.num_envs):
         _, _, terminations, truncations, _ = envs.step(actions[t % len(actions)])
         if manual_reset and (ended := terminations | truncations).any():
             envs.reset(options={"reset_mask": ended})
-    return {"steps": total_steps, "steps_per_second": total_steps / (time.perf_counter() - start)}
+    return {"steps_per_second": total_timesteps / (time.perf_counter() - start)}
 
 
-def work_logging(scenario: Scenario, total_steps: int, seed: int) -> dict:
-    """Log made-up metrics a thousand times, as section (d) of the script's loop does, into a real event file."""
-    import numpy as np
-    import torch
+def work_arithmetic(scenario: str, total_timesteps: int, seed: int, dtype: str) -> dict:
+    """Compute the steps per second if the network's multiplications ran as fast as those of a large matrix product.
 
-    torch.set_num_threads(scenario.threads)
-    script, args = load_script(scenario)
-    minibatches = args.num_minibatches * args.update_epochs
-    all_losses, log_ratios = list(torch.rand(minibatches, 3)), list(torch.rand(minibatches, args.minibatch_size))
-    returns, values = torch.rand(2, args.num_steps, args.num_envs)
-    finished = list(np.random.default_rng(seed).uniform(0, 500, args.num_envs))
-    with script.SummaryWriter("events") as writer:
-        start = time.perf_counter()
-        for step in range(1000):
-            policy_loss, value_loss, entropy = torch.stack(all_losses).mean(0).tolist()
-            log_ratio = torch.stack(log_ratios)
-            metrics = {
-                "losses/policy_loss": policy_loss,
-                "losses/value_loss": value_loss,
-                "losses/entropy": entropy,
-                "losses/approx_kl": script.approx_kl(log_ratio).item(),
-                "losses/old_approx_kl": -log_ratio.mean().item(),
-                "losses/clipfrac": ((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean().item(),
-                "losses/explained_variance": 1 - ((returns - values).var() / returns.var()).item(),
-            }
-            for name in ("learning_rate", "update_epochs", "SPS", "episodes"):
-                metrics[f"charts/{name}"] = step
-            metrics["charts/episodic_return"] = np.mean(finished)
-            metrics["charts/episodic_length"] = np.mean(finished)
-            summary = script.Summary(value=[script.Summary.Value(tag=t, simple_value=metrics[t]) for t in metrics])
-            writer.file_writer.add_summary(summary, step)
-        writer.flush()  # the writer's thread has written all of it now
-        seconds = time.perf_counter() - start
-    return {"seconds_per_iteration": seconds / 1000, "batch_size": args.batch_size}
-
-
-def work_arithmetic(scenario: Scenario, total_steps: int, seed: int, dtype: str) -> dict:
-    """The steps per second of a processor that only did the network's multiplications, and those at full speed.
-
-    Full speed is that of a large matrix product. Each step is acted on once and learned from
-    update_epochs times.
+    Each step takes one forward pass to act, and a forward and a backward pass in each epoch to learn.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    torch.set_num_threads(scenario.threads)
-    script, args = load_script(scenario)
+    script, args = load_script(scenario, total_timesteps, seed)
     agent = script.Agent(script.make_envs(args, 1))
     observations, actions = torch.zeros(1, 84, 84, 4, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
     with FlopCounterMode(display=False) as forward:
         logprobs, _, values = agent(observations, actions)
     with FlopCounterMode(display=False) as backward:
         (logprobs + values).sum().backward()
-    forward, backward = forward.get_total_flops(), backward.get_total_flops()
-    per_step = forward + args.update_epochs * (forward + backward)
+    forward_flops, backward_flops = forward.get_total_flops(), backward.get_total_flops()
+    flops_per_step = forward_flops + args.update_epochs * (forward_flops + backward_flops)
 
-    a = torch.ones(2048, 2048, dtype=getattr(torch, dtype))
-    a @ a
+    matrix = torch.ones(2048, 2048, dtype=getattr(torch, dtype))
+    matrix @ matrix  # warm-up
     start = time.perf_counter()
     for _ in range(20):
-        a @ a
-    per_second = 20 * 2 * 2048**3 / (time.perf_counter() - start)
-    return {"steps": total_steps, "steps_per_second": per_second / per_step, "flops": per_second, "per_step": per_step}
+        matrix @ matrix
+    flops = 20 * 2 * 2048**3 / (time.perf_counter() - start)
+    return {"steps_per_second": flops / flops_per_step, "flops": flops}
 
 
-WORKERS = {
-    "sb3": work_sb3,
-    "limit": work_limit,
-    "logging": work_logging,
-    "bfloat16": partial(work_arithmetic, dtype="bfloat16"),
-    "float32": partial(work_arithmetic, dtype="float32"),
-}
+WORKERS = {"sb3": work_sb3, "envs": work_envs}
+WORKERS |= {dtype: partial(work_arithmetic, dtype=dtype) for dtype in ("bfloat16", "float32")}
 
 
-# ------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measurement
 
 
 def measure(command: list[str], cache_dir: str, threads: int) -> dict:
-    """Run a command to its end, on a terminal, in an empty folder. Raises RuntimeError where it fails.
+    """Run a command in an empty folder. Returns its `seconds`, its peak `memory` in MB and what it measured itself.
 
-    Returns its `seconds` and its peak `memory` in MB. To these a worker adds what it prints, and a script
-    that trained the `steps` and `steps_per_second` that it logged.
+    The latter is the JSON that a worker prints, and `steps` and `steps_per_second` from the events of a training.
     """
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(threads),
-        "TORCHINDUCTOR_CACHE_DIR": cache_dir,  # empty at first, so that the first compilation is a cold one
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        terminal, other_end = pty.openpty()
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_CACHE_DIR": cache_dir}
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as output:
         start = time.perf_counter()
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=other_end, stderr=other_end)
-        os.close(other_end)
-        output = b""
-        try:
-            while chunk := os.read(terminal, 65536):
-                output += chunk
-        except OSError:  # how Linux says that the other end was closed
-            pass
-        except KeyboardInterrupt:
-            process.kill()
-            raise
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)  # else Popen would wait for it once more
-        os.close(terminal)
-        lines = output.decode(errors="replace").splitlines()
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)  # unlike process.wait(), returns the peak memory
+        process.returncode = os.waitstatus_to_exitcode(status)
+        result = {"seconds": time.perf_counter() - start, "memory": usage.ru_maxrss / 1024}  # Linux counts KiB
+        output.seek(0)
+        lines = output.read().splitlines()
         if process.returncode != 0:
-            last = "\n".join(lines[-10:])
-            raise RuntimeError(f"{shlex.join(command)} ended with exit code {process.returncode}:\n{last}")
-        if "--compile" in command and any("C++ compiler" in line for line in lines):
-            raise RuntimeError("there is no C++ compiler, so --compile cannot be measured")
-
-        result = {"seconds": seconds, "memory": usage.ru_maxrss / 1024}  # Linux counts KiB
+            sys.exit("\n".join([f"{shlex.join(command)} failed with {process.returncode}:", *lines[-10:]]))
         if "worker" in command:
-            result |= json.loads(lines[-1])
-        elif Path(folder, "runs").is_dir():
-            (run_dir,) = Path(folder, "runs").iterdir()
-            events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})  # 0: all of them
-            events.Reload()
-            series = events.Scalars("charts/SPS")
+            return result | json.loads(lines[-1])
+        for run_dir in Path(folder).glob("runs/*"):  # one, or none after --help
+            events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})  # 0: all
+            series = events.Reload().Scalars("charts/SPS")
             first, last = next(event for event in series if event.step >= series[-1].step / 10), series[-1]
-            speed = (last.step - first.step) / (last.wall_time - first.wall_time)
-            result |= {"steps": last.step, "steps_per_second": speed}
+            result["steps"] = last.step
+            result["steps_per_second"] = (last.step - first.step) / (last.wall_time - first.wall_time)
         return result
 
 
-def measure_all(args: Args, cache_dir: str) -> dict[str, list[dict]]:
-    """Measure everything in each round. Returns the measurements, [repeats], by what was measured."""
-    scenario, results = SCENARIOS[args.scenario], {}
-    script = [sys.executable, str(scenario.script)]
+def measure_all(args: Args, scenario: Scenario, cache_dir: str) -> dict[str | tuple[str, int], list[dict]]:
+    """Measure everything once per round. Returns the results of each worker and of each variant and num_envs."""
+    script = [sys.executable, str(ROOT / f"{args.scenario}.py")]
     worker = [sys.executable, str(Path(__file__).resolve()), "worker", args.scenario]
-    progress = None
+    results = {}
     for seed in range(1, args.repeats + 1):
-
-        def training(variant: str, num_envs: int, steps: int, seed: int = seed) -> list[str]:
-            flags = [*scenario.arguments(num_envs), *shlex.split(scenario.variants[variant])]
-            return [*script, *flags, "--seed", str(seed), "--total-timesteps", str(steps)]
-
-        commands = {name: training(name, scenario.num_envs, args.total_timesteps) for name in scenario.variants}
-        for name in ("sb3", "limit", *scenario.arithmetic, "logging"):  # right after these
+        commands, num_envs = {}, scenario.num_envs
+        for variant in scenario.variants:
+            commands[variant, num_envs] = [*script, *scenario.arguments(variant, num_envs, args.total_timesteps, seed)]
+        for name in ("sb3", "envs", *scenario.dtypes):  # next to the runs that they are compared with
             commands[name] = [*worker, name, str(args.total_timesteps), str(seed)]
-        for num_envs, variants in scenario.more_envs.items():
-            steps = max(args.total_timesteps, scenario.more_iterations * num_envs * scenario.num_steps)
-            commands |= {f"{name} {num_envs}": training(name, num_envs, steps) for name in variants}
+        for num_envs in scenario.more_envs:
+            total_timesteps = max(args.total_timesteps, scenario.more_iterations * num_envs * scenario.num_steps)
+            for variant in scenario.more_variants:
+                commands[variant, num_envs] = [*script, *scenario.arguments(variant, num_envs, total_timesteps, seed)]
         commands["help"] = [*script, "--help"]
-        progress = progress or tqdm(total=args.repeats * len(commands), unit=" runs", disable=None)
-        for name, command in commands.items():
-            progress.set_postfix_str(f"round {seed}: {name}")
-            results.setdefault(name, []).append(measure(command, cache_dir, scenario.threads))
-            progress.update()
-    progress.close()
+        for key, command in tqdm(commands.items(), desc=f"round {seed} of {args.repeats}", disable=None):
+            results.setdefault(key, []).append(measure(command, cache_dir, scenario.threads))
     return results
 
 
-# --------------------------------------------------------------------------------------- writing
-
-
 def spread(values: list[float], form: str = ",.0f") -> str:
-    """The median of some values, and their range where there is one."""
+    """Return the median and the range of some values."""
     median = f"{statistics.median(values):{form}}"
     return median if min(values) == max(values) else f"{median} ({min(values):{form}} to {max(values):{form}})"
 
 
-def make_report(scenario: Scenario, results: dict[str, list[dict]]) -> str:
-    """Two tables and some single numbers. Ratios are of measurements of the same round."""
-    speeds = {name: [m["steps_per_second"] for m in ms] for name, ms in results.items() if "steps" in ms[0]}
-    labels = {name: f"`{name}`" for name in scenario.variants}
-    labels |= {"sb3": f"Stable-Baselines3 {version('stable-baselines3')}", "limit": "the limit"}
+def make_report(args: Args, scenario: Scenario, results: dict[str | tuple[str, int], list[dict]]) -> str:
+    """Return two tables and a list, in Markdown."""
+    speeds = {key: [x["steps_per_second"] for x in xs] for key, xs in results.items() if key != "help"}
+    names = {variant: f"`{f'{args.scenario}.py {variant}'.strip()}`" for variant in scenario.variants}
+    labels = {(variant, scenario.num_envs): name for variant, name in names.items()}
+    labels |= {"sb3": f"Stable-Baselines3 {version('stable-baselines3')}", "envs": "the limit"}
+    for dtype in scenario.dtypes:
+        rate = statistics.median(x["flops"] for x in results[dtype]) / 1e9
+        labels[dtype] = f"the network's arithmetic alone, {dtype}, at {rate:,.0f} GFLOP/s"
     lines = ["| | steps/s | times Stable-Baselines3 | share of the limit |", "|---|---|---|---|"]
-    for name, label in labels.items():
-        ratios = [own / sb3 for own, sb3 in zip(speeds[name], speeds["sb3"], strict=True)]
-        shares = [own / limit for own, limit in zip(speeds[name], speeds["limit"], strict=True)]
-        lines.append(f"| {label} | {spread(speeds[name])} | {spread(ratios, '.2f')} | {spread(shares, '.1%')} |")
-    for name in scenario.arithmetic:
-        rate = statistics.median(m["flops"] for m in results[name]) / 1e9
-        label = f"the network's arithmetic alone, {name}, at {rate:,.0f} GFLOP/s"
-        ratios = [limit / sb3 for limit, sb3 in zip(speeds[name], speeds["sb3"], strict=True)]
-        lines.append(f"| {label} | {spread(speeds[name])} | {spread(ratios, '.2f')} | |")
+    for key, label in labels.items():
+        ratios = [speed / sb3 for speed, sb3 in zip(speeds[key], speeds["sb3"], strict=True)]
+        shares = [speed / envs for speed, envs in zip(speeds[key], speeds["envs"], strict=True)]
+        share = "" if key in scenario.dtypes else spread(shares, ".1%")
+        lines.append(f"| {label} | {spread(speeds[key])} | {spread(ratios, '.2f')} | {share} |")
 
     lines += ["", "| | environments | minibatch | steps/s | µs per step | peak memory |", "|---|---|---|---|---|---|"]
-    for name in scenario.variants:
-        for num_envs in (scenario.num_envs, *scenario.more_envs):
-            key = name if num_envs == scenario.num_envs else f"{name} {num_envs}"
-            if key in speeds:
-                minibatch = num_envs * scenario.num_steps // scenario.num_minibatches
-                cost, memory = 1e6 / statistics.median(speeds[key]), max(m["memory"] for m in results[key])
-                lines.append(f"| {labels[name]} | {num_envs} | {minibatch} | {spread(speeds[key])} ")
-                lines[-1] += f"| {cost:,.1f} | {memory:,.0f} MB |"
+    for variant, num_envs in [key for key in results if isinstance(key, tuple)]:
+        values = speeds[variant, num_envs]
+        memory = max(x["memory"] for x in results[variant, num_envs])
+        lines.append(
+            f"| {names[variant]} | {num_envs} | {num_envs * scenario.num_steps // scenario.num_minibatches} "
+            f"| {spread(values)} | {1e6 / statistics.median(values):,.1f} | {memory:,.0f} MB |"
+        )
 
     lines.append("")
-    logging = statistics.median(m["seconds_per_iteration"] for m in results["logging"])
-    for name in scenario.variants:
-        first, *later = [m["seconds"] - m["steps"] / m["steps_per_second"] for m in results[name]]
+    for variant, name in names.items():  # the first run starts with an empty compilation cache
+        runs = results[variant, scenario.num_envs]
+        first, *later = [x["seconds"] - x["steps"] / x["steps_per_second"] for x in runs]
         again = f", then {statistics.median(later):.1f} s" if later else ""
-        share = logging * statistics.median(speeds[name]) / (scenario.num_envs * scenario.num_steps)
-        lines.append(
-            f"- {labels[name]}: start-up, compilation and final evaluation take {first:.1f} s the first time{again}; "
-            f"logging takes {share:.1%} of the time ({1e3 * logging:.2f} ms per iteration)"
-        )
-    memory = max(m["memory"] for m in results["sb3"])
-    lines.append(f"- Stable-Baselines3's peak memory: {memory:,.0f} MB")
-    lines.append(f"- `{scenario.script.name} --help`: {spread([m['seconds'] for m in results['help']], '.2f')} s")
+        lines.append(f"- {name}: start-up, compilation and evaluation take {first:.1f} s at first{again}")
+    lines.append(f"- Stable-Baselines3's peak memory: {max(x['memory'] for x in results['sb3']):,.0f} MB")
+    lines.append(f"- `{args.scenario}.py --help`: {spread([x['seconds'] for x in results['help']], '.2f')} s")
     return "\n".join(lines)
 
 
 def main() -> None:
     """The command line."""
-    try:
-        args = tyro.cli(Args, description=__doc__)
-        scenario = SCENARIOS[args.scenario]
-        machine = describe_machine(scenario.script, 1)
-        with tempfile.TemporaryDirectory() as cache_dir:
-            report = make_report(scenario, measure_all(args, cache_dir))
-    except (UsageError, RuntimeError) as error:
-        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    rounds = f"{args.repeats} rounds" if args.repeats > 1 else "1 round"
-    threads = "one torch thread" if scenario.threads == 1 else f"{scenario.threads} torch threads"
+    args = tyro.cli(Args, description=__doc__)
+    scenario = SCENARIOS[args.scenario]
+    if args.more_envs is not None:
+        scenario = replace(scenario, more_envs=args.more_envs)
+    machine = describe_machine(ROOT / f"{args.scenario}.py", 1)
+    with tempfile.TemporaryDirectory() as cache_dir:
+        report = make_report(args, scenario, measure_all(args, scenario, cache_dir))
     notes = (
-        f"Median of {rounds} (and range), of {args.total_timesteps:,} steps each, {threads}. The script logs, "
-        "shows its progress and saves checkpoints; Stable-Baselines3 only trains. The limit: the same vector "
-        "environment, stepped with random actions and reset, and no training."
+        f"Median (and range) over {args.repeats} rounds; steps per run: {args.total_timesteps:,}; torch threads: "
+        f"{scenario.threads}. The script logs and saves checkpoints, Stable-Baselines3 only trains. The limit: the "
+        "same environments, stepped with random actions."
     )
     origin = f"- {machine}\n- `{shlex.join(['python', 'benchmark/throughput.py', *sys.argv[1:]])}`"
     RESULTS.mkdir(exist_ok=True)
@@ -500,8 +316,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
-        scenario, worker, steps, seed = sys.argv[2:]
-        print(json.dumps(WORKERS[worker](SCENARIOS[scenario], int(steps), int(seed))))
+        _, _, scenario, worker, steps, seed = sys.argv
+        print(json.dumps(WORKERS[worker](scenario, int(steps), int(seed))))
     else:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # end what is running, as on Ctrl-C
         main()
