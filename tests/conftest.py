@@ -1,15 +1,14 @@
-"""Fixtures. Every test runs in an empty folder of its own, so that none ever touches the repository's runs/."""
+"""Fixtures. Every test runs in an empty folder of its own, so that none writes to the repository's runs/."""
 
 import contextlib
 import os
 import signal
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `import ppo` works from anywhere
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts
 
 from helpers import Result, descendants, spawn
 
@@ -30,16 +29,10 @@ def command_line(monkeypatch, capfd):
         capfd.readouterr()
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
         code = 0
-        with warnings.catch_warnings():
-            # pytest collects warnings: here they go where, and if, a user would see them
-            warnings.showwarning = lambda *args: sys.stderr.write(warnings.formatwarning(*args[:4]))
-            warnings.resetwarnings()
-            for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
-                warnings.simplefilter("ignore", category)
-            try:
-                script.main()
-            except SystemExit as error:
-                code = error.code
+        try:
+            script.main()
+        except SystemExit as error:
+            code = error.code
         return Result(code, *capfd.readouterr())
 
     return call
@@ -47,7 +40,7 @@ def command_line(monkeypatch, capfd):
 
 @pytest.fixture
 def start():
-    """Starts a script in a process of its own; what is left of it and its children is killed when the test ends."""
+    """Starts a script in a process of its own; it and its children are killed when the test ends."""
     started = []
 
     def call(*flags: object, **options):
@@ -56,7 +49,7 @@ def start():
 
     yield call
     for process in started:
-        children = descendants(process.pid)  # those of torchrun are in process groups of their own
+        children = descendants(process.pid)  # those of torchrun and of --async-envs have their own process groups
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         for child in children:

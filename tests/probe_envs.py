@@ -1,4 +1,4 @@
-"""Toy environments with known answers, for the tests: `--env-id probe_envs:Constant-v0` and so on."""
+"""Small environments with known answers, for the tests, e.g. `--env-id probe_envs:Constant-v0`."""
 
 import os
 import signal
@@ -8,58 +8,54 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 from gymnasium.envs.classic_control import CartPoleEnv
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Sequence, Tuple
+from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiBinary, MultiDiscrete, Sequence, Tuple
 
 
-class Constant(gym.Env):
-    """One step, reward 1: the value is 1."""
+class OneStep(gym.Env):
+    """Episodes of one step: an observation drawn from `observations`, and the reward reward(observation, action)."""
 
     observation_space = Box(-1, 1, (1,), np.float32)
     action_space = Discrete(2)
+
+    def __init__(self, observations, reward):
+        self.observations, self.reward = observations, reward
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.observation = self.first_observation()
         return self.observation, {}
 
+    def first_observation(self):
+        return np.array([self.np_random.choice(self.observations)], np.float32)
+
     def step(self, action):
-        return self.observation.copy(), self.reward(action), True, False, {}
-
-    def first_observation(self):
-        return np.ones(1, np.float32)
-
-    def reward(self, action):
-        return 1.0
+        return self.observation.copy(), float(self.reward(self.observation[0], action)), True, False, {}
 
 
-class ByObservation(Constant):
-    """One step, observation -1 or 1, and that is the reward, too: the value is the observation."""
-
-    def first_observation(self):
-        return np.array([self.np_random.choice([-1, 1])], np.float32)
-
-    def reward(self, action):
-        return float(self.observation[0])
+ONE_STEP = {
+    "Constant": ([1], lambda observation, action: 1),
+    "ByObservation": ([-1, 1], lambda observation, action: observation),
+    "ByAction": ([1], lambda observation, action: 2 * action - 1),
+    "ByBoth": ([-1, 1], lambda observation, action: observation * (2 * action - 1)),
+}
 
 
-class ByAction(Constant):
-    """One step, action 1 pays 1 and action 0 costs 1."""
+class Target(OneStep):
+    """The reward is 1 less the squared distance of the action from 0.4; with `follow`, from half the observation."""
 
-    def reward(self, action):
-        return 1.0 if action == 1 else -1.0
+    action_space = Box(-1, 1, (1,), np.float32)
 
+    def __init__(self, follow=False):
+        self.observations, self.follow = [-1, 1], follow
 
-class ByBoth(ByObservation):
-    """One step: action 1 is right for observation 1, action 0 for observation -1."""
-
-    def reward(self, action):
-        return 1.0 if (action == 1) == (self.observation[0] > 0) else -1.0
+    def reward(self, observation, action):
+        return 1 - (action[0] - (0.5 * observation if self.follow else 0.4)) ** 2
 
 
 class Chain(gym.Env):
-    """`length` steps, the observation says which one it is (one-hot); then the episode ends as `end` says.
+    """`length` steps, the observation is the number of the step, one-hot; the episode ends by `end`.
 
-    The reward is 1 in the last step, and 1 in all the others too if `every_step`.
+    The reward is 1 in the last step, with `every_step` in all steps.
     """
 
     action_space = Discrete(2)
@@ -86,7 +82,7 @@ class Chain(gym.Env):
 class Numbered(gym.Env):
     """Every observation is unique: (who, episode, step), where `who` comes from the first seed.
 
-    Episodes have 2 to 5 steps, and end by termination, truncation or both at once: see `episode`.
+    Episodes have 2 to 5 steps and end by termination, truncation or both at once.
     With `reuse`, every observation is the same array, overwritten in place.
     """
 
@@ -102,14 +98,13 @@ class Numbered(gym.Env):
 
     @staticmethod
     def episode(who, number):
-        """Its length, and whether it is terminated and truncated."""
+        """The length of an episode, and whether it ends by termination and by truncation."""
         kind = (who + number) % 3
         return 2 + (who + number) % 4, kind in (0, 2), kind in (1, 2)
 
     @classmethod
     def simulate(cls, who, num_steps):
-        """What happens where it is reset as soon as an episode ends: row by row observation, next observation,
-        reward, termination, truncation."""
+        """Rows (observation, next observation, reward, termination, truncation) if reset at once after each end."""
         rows, number, count = [], 0, 0
         for _ in range(num_steps):
             length, terminated, truncated = cls.episode(who, number)
@@ -138,37 +133,21 @@ class Numbered(gym.Env):
 
 
 class ContinuousNumbered(Numbered):
-    """The same for any two numbers within these bounds, which it ignores."""
+    """The same with two continuous actions, which have no effect."""
 
     action_space = Box(np.array([-0.5, 0.1], np.float32), np.array([0.25, 2.0], np.float32))
 
 
 class ContinuousChain(Chain):
-    """The same for any number from -1 to 1, which it ignores."""
+    """The same with a continuous action, which has no effect."""
 
     action_space = Box(-1, 1, (1,), np.float32)
-
-
-class Target(ByObservation):
-    """One step: the reward is 1 where the action is right, and less by the square of what it is off.
-
-    Right is 0.4; with `follow`, half the observation, which is -1 or 1.
-    """
-
-    action_space = Box(-1, 1, (1,), np.float32)
-
-    def __init__(self, follow=False):
-        self.follow = follow
-
-    def reward(self, action):
-        right = 0.5 * self.observation[0] if self.follow else 0.4
-        return float(1 - (action[0] - right) ** 2)
 
 
 class Faulty(gym.Env):
-    """Episodes of 10 steps with reward 1, until its `at`-th step: then it does `what`.
+    """Episodes of 10 steps with reward 1; in its `at`-th step it does `what`.
 
-    With `seed`, only the one of several environments does that whose first reset has this seed.
+    With `seed`, only the one of several environments whose first reset has this seed.
     """
 
     observation_space = Box(-np.inf, np.inf, (2,), np.float32)
@@ -192,7 +171,7 @@ class Faulty(gym.Env):
         now = self.steps == self.at
         if now and self.what == "exception":
             raise ZeroDivisionError("the environment has a bug")
-        if now and self.what == "death":  # as by the system when memory runs out
+        if now and self.what == "death":  # as when the system runs out of memory
             os.kill(os.getpid(), signal.SIGKILL)
         bad = self.what if now else ""
         observation = np.full(2, np.nan if "observation" in bad else 0, np.float32)
@@ -200,8 +179,22 @@ class Faulty(gym.Env):
         return observation, reward, False, self.count == 10 or bad == "last observation", {}
 
 
+class Text(gym.Space):
+    """A space that gymnasium does not know, like the mission of MiniGrid."""
+
+    def sample(self, mask=None, probability=None):
+        return "go to the green door"
+
+    def contains(self, x):
+        return isinstance(x, str)
+
+    @property
+    def is_np_flattenable(self):
+        raise NotImplementedError
+
+
 class Spaces(gym.Env):
-    """Random observations from one of the spaces below; it takes, but ignores, a render_mode."""
+    """Random observations from one of the spaces below; a render_mode has no effect."""
 
     observation_spaces = {  # noqa: RUF012
         "float64": Box(-1, 1, (3,), np.float64),
@@ -217,6 +210,8 @@ class Spaces(gym.Env):
         "image": Box(0, 255, (84, 84, 3), np.uint8),
         "grey image": Box(0, 255, (84, 84), np.uint8),
         "sequence": Sequence(Discrete(2)),
+        "text in dict": Dict(mission=Text(), speed=Box(-1, 1, (2,), np.float32)),
+        "graph in dict": Dict(graph=Graph(Box(-1, 1, (2,)), None), speed=Box(-1, 1, (2,), np.float32)),
     }
     action_spaces = {  # noqa: RUF012
         "discrete": Discrete(3),
@@ -231,9 +226,6 @@ class Spaces(gym.Env):
         "half-bounded": Box(np.array([0.1, -np.inf], np.float32), np.array([np.inf, -0.1], np.float32)),
         "asymmetric": Box(np.array([-0.1, 0.5], np.float32), np.array([0.3, 2.0], np.float32)),
         "float64": Box(-0.1, 0.1, (2,), np.float64),
-        "integers": Box(-1, 1, (2,), np.int64),
-        "multibinary": MultiBinary(3),
-        "tuple": Tuple((Box(-1, 1, (2,), np.float32), Discrete(2))),
         "dict": Dict(force=Box(-1, 1, (2,), np.float32)),
     }
 
@@ -255,7 +247,7 @@ class Spaces(gym.Env):
 
 
 class Diary(CartPoleEnv):
-    """CartPole that writes the return and the length of each episode to diary.txt when it ends."""
+    """CartPole that appends the return and the length of each episode to diary.txt."""
 
     def reset(self, **kwargs):
         self.total, self.count = 0.0, 0
@@ -273,6 +265,7 @@ class Diary(CartPoleEnv):
         return observation, reward, terminated, truncated, info
 
 
-CONTINUOUS = (ContinuousNumbered, ContinuousChain, Target)
-for env in (Constant, ByObservation, ByAction, ByBoth, Chain, Numbered, Faulty, Spaces, Diary, *CONTINUOUS):
+for name, (observations, reward) in ONE_STEP.items():
+    gym.register(f"{name}-v0", OneStep, kwargs={"observations": observations, "reward": reward})
+for env in (Target, Chain, ContinuousChain, Numbered, ContinuousNumbered, Faulty, Spaces, Diary):
     gym.register(f"{env.__name__}-v0", env)
