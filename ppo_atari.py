@@ -291,7 +291,7 @@ def train(args: Args) -> Path:
     truncations = np.zeros((T, N), bool)
     episode_returns, episode_lengths = np.zeros(N), np.zeros(N, np.int64)  # of the current games
     recent_returns = []
-    frames, infos = envs.reset(seed=10_000 * args.seed + global_step + rank * N)
+    frames, infos = envs.reset(seed=(10_000 * args.seed + global_step + rank * N) % 2**31)  # ALE takes 31 bits
     observations[T] = to_device(frames).permute(0, 2, 3, 1)
 
     if rank == 0:  # the first process logs and saves for all
@@ -391,9 +391,9 @@ def train(args: Args) -> Path:
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()])
         writer.file_writer.add_summary(summary, global_step)
         if not math.isfinite(metrics["losses/grad_norm"]):
+            progress.close()
             writer.close()
             raise UsageError(f"NaN or infinite gradient before step {global_step:,}; an earlier checkpoint is kept")
-
         if last or now - save_time > 60:  # seconds between two checkpoints
             save_time = now
             writer.flush()
@@ -474,7 +474,7 @@ def evaluate(args: Args, run: str | Path) -> np.ndarray:
     agent, step = load_agent(run), load_checkpoint(run)["global_step"]
     envs = make_envs(args, args.eval_episodes, life_loss_info=False)
     returns, ended = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes, bool)
-    seed = 10_000 * args.seed + 5_000  # apart from the seeds of training
+    seed = (10_000 * args.seed + 5_000) % 2**31  # apart from the seeds of training
     torch.manual_seed(seed)
     frames, _ = envs.reset(seed=seed)
     game = []  # the first one: each action, and the number of the frame after it

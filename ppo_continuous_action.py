@@ -390,9 +390,9 @@ def train(args: Args) -> Path:
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()])
         writer.file_writer.add_summary(summary, global_step)
         if not math.isfinite(metrics["losses/grad_norm"]):
+            progress.close()
             writer.close()
             raise UsageError(f"NaN or infinite gradient before step {global_step:,}; an earlier checkpoint is kept")
-
         last = iteration + 1 == num_iterations or stop_signal is not None
         if last or now - save_time > 60:  # seconds between two checkpoints
             save_time = now
