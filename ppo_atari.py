@@ -113,7 +113,7 @@ def make_envs(args: Args, num_envs: int, **options) -> AtariVectorEnv:
     }
     try:
         return AtariVectorEnv(spec.kwargs["game"], num_envs, **env_kwargs | script_options | options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, gym.error.Error) as error:
         raise UsageError(f"cannot make {args.env_id}: {' '.join(str(error).split())}") from error
 
 
@@ -258,9 +258,9 @@ def train(args: Args) -> Path:
         loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy  # detail 10, PPO equation 9
         loss.backward()
         if world_size > 1:  # average the gradient over the processes
-            for parameter in parameters:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= world_size
+            for gradient in [parameter.grad for parameter in parameters if parameter.grad is not None]:
+                dist.all_reduce(gradient)
+                gradient /= world_size
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)  # detail 11
         with torch.no_grad():
             metrics = {
@@ -317,7 +317,7 @@ def train(args: Args) -> Path:
         noise = agent.sample_noise(T, N).to(device)
         observations[0] = observations[T]
         # The outer autocast computes nothing; it keeps the weights that the inner one has converted to bfloat16.
-        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             for t in range(T):
                 features[t] = agent.features(observations[t])
                 actions[t] = agent.act(features[t], noise[t])
@@ -365,13 +365,14 @@ def train(args: Args) -> Path:
         global_step += batch_size
 
         # ------------------------------------------------------------------------ (d) log and save
+        stopping = stop_signal
         if world_size > 1:  # the games of all processes, and the signal that one of them has received
             results = [None] * world_size
-            dist.all_gather_object(results, (finished_returns, finished_lengths, stop_signal))
+            dist.all_gather_object(results, (finished_returns, finished_lengths, stopping))
             finished_returns = [x for returns, _, _ in results for x in returns]
             finished_lengths = [x for _, lengths, _ in results for x in lengths]
-            stop_signal = next((x for _, _, x in results if x is not None), None)
-        last = iteration + 1 == num_iterations or stop_signal is not None
+            stopping = next((x for _, _, x in results if x is not None), None)
+        last = iteration + 1 == num_iterations or stopping is not None
         if rank > 0:
             if last:
                 break
@@ -413,9 +414,9 @@ def train(args: Args) -> Path:
         dist.destroy_process_group()
     if rank > 0:
         return run_dir
-    if stop_signal is not None:
+    if stopping is not None:
         print(f"stopped at step {global_step:,}; to resume: python {sys.argv[0]} --resume {run_dir}", flush=True)
-        raise SystemExit(128 + stop_signal)
+        raise SystemExit(128 + stopping)
     evaluate(args, run_dir)
     print(f"learning curves: tensorboard --logdir {run_dir}")
     print(f"film:            python {sys.argv[0]} --evaluate {run_dir} --capture-video")

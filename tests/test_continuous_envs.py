@@ -241,13 +241,6 @@ def test_spaces_are_trained_on_within_their_bounds(actions, observations, num_in
     assert len(np.unique(inside)) > 0.9 * len(inside) > 0, "each component is sampled on its own"
 
 
-def test_async_envs_give_the_same_curves_weights_and_statistics():
-    flags = {**TINY, "env_id": "Pendulum-v1", "num_steps": 16, "total_timesteps": 64}
-    one, other = (train(ppo, **flags, async_envs=x, exp_name=str(x)) for x in (False, True))
-    assert curves(one) == curves(other)
-    assert same_weights(load(one), load(other))
-
-
 @pytest.mark.parametrize(
     ("flags", "word"),
     [

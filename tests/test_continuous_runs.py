@@ -8,7 +8,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, assert_refused, curves, load, run, same_weights, the_run, train
+from helpers import ROOT, curves, load, run, same_weights, the_run, train
 
 import ppo_continuous_action as ppo
 
@@ -101,18 +101,6 @@ def test_mujoco_is_filmed_without_a_display(filmed):
     assert list(filmed.glob("videos/train-*/*episode-0.mp4"))
 
 
-@pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="no C++ compiler")
-def test_compiled_runs_agree_with_eager_ones():
-    """Over iterations between which the statistics and the learning rate change."""
-    flags = {"env_id": "Pendulum-v1", **SHORT, "update_epochs": 2, "learning_rate": 1e-3}
-    eager, compiled = (train(ppo, **flags, compile=x, exp_name=str(x)) for x in (False, True))
-    for name, values in curves(eager).items():
-        theirs = [value for _, value in curves(compiled)[name]]
-        np.testing.assert_allclose([value for _, value in values], theirs, rtol=1e-2, atol=1e-4, err_msg=name)
-    for name, x in load(eager)["agent"].items():
-        torch.testing.assert_close(x, load(compiled)["agent"][name], rtol=1e-3, atol=1e-4, msg=name)
-
-
 def test_a_resumed_run_ends_where_an_unbroken_one_does(monkeypatch):
     """To the bit, in an environment of one-step episodes without randomness: statistics, noise, weights and Adam."""
     monkeypatch.setattr("probe_envs.Target.first_observation", lambda self: np.ones(1, np.float32))
@@ -123,33 +111,6 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(monkeypatch):
     assert same_weights(load(whole), load(broken))
     assert torch.equal(load(whole)["rng_state"], load(broken)["rng_state"])
     assert len({value for _, value in curves(whole)["charts/episodic_return"]}) == 4, "noise changes the returns"
-
-
-@pytest.mark.parametrize("name", ["observation_statistics.mean", "return_statistics.std", "log_std"])
-def test_checkpoints_with_other_statistics_are_refused(command_line, name):
-    """Of another shape, as of another environment, or missing, as from a fork without normalization."""
-    run_dir = train(ppo, env_id="Pendulum-v1", **ONE_ITERATION).rename("copied")
-    saved = load(run_dir)
-    saved["agent"][name] = torch.zeros(7)
-    torch.save(saved, run_dir / "checkpoint.pt")
-    assert_refused(ppo, command_line("--evaluate", run_dir, script=ppo), name)
-    del saved["agent"][name]
-    torch.save(saved, run_dir / "checkpoint.pt")
-    assert_refused(ppo, command_line("--resume", run_dir, "--total-timesteps", 256, script=ppo), name)
-
-
-@pytest.mark.parametrize("what", ["observation", "last observation", "reward", "infinite reward"])
-def test_nan_reaches_neither_saved_weights_nor_saved_statistics(command_line, what, monkeypatch):
-    """A run that is resumed and meets one keeps the checkpoint from before."""
-    monkeypatch.setattr("probe_envs.Faulty.action_space", ppo.Box(-1, 1, (1,), np.float32))
-    flags = {**ONE_ITERATION, "num_envs": 1, "total_timesteps": 64}
-    run_dir = train(ppo, env_id="probe_envs:Faulty-v0", env_kwargs=(f"what={what}", "at=100"), **flags)
-    before = (run_dir / "checkpoint.pt").read_bytes()
-    result = command_line("--resume", run_dir, "--total-timesteps", 256, script=ppo)
-    assert result.code == 2
-    assert result.err.splitlines()[-1].startswith("ppo_continuous_action.py: error: ")
-    assert (run_dir / "checkpoint.pt").read_bytes() == before
-    assert load(run_dir)["agent"]["observation_statistics.count"] == 64
 
 
 @pytest.mark.parametrize(

@@ -116,35 +116,6 @@ def test_every_update_is_a_step_of_ppo_and_adam(script, env_id, flags):
         assert logged == pytest.approx(means, rel=1e-3, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("clip_vloss", "value_loss"),
-    [(True, (1.8**2 + 0.8**2 + 0 + 2**2) / 4 / 2), (False, (1 + 0 + 0 + 2**2) / 4 / 2)],
-)
-def test_loss_by_hand(clip_vloss, value_loss):
-    """Actor and critic are constant: both actions have probability 1/2, and the value is 1 everywhere.
-
-    Four samples with the ratios 3/2, 3/2, 1/2, 1/2 and the advantages 1, -1, 1, -1, epsilon 0.2. The objective
-    is the smaller of clipped and unclipped: 1.2 (clipped), -1.5, 0.5, -0.8 (clipped): the mean is -0.6 / 4.
-    Old values 0, 2, 1.1, 0.9 clip the value 1 to 0.2, 1.8, 1, 1; for returns 2, 1, 1, 3 the larger squared errors
-    are 1.8^2 (not 1), 0.8^2 (not 0), 0, 2^2. The entropy is ln 2.
-    """
-    record = recorded(norm_adv=False, clip_vloss=clip_vloss, clip_coef=0.2)
-    with torch.no_grad():
-        for parameter in record.agent.parameters():
-            parameter.zero_()
-        record.agent.critic[-1].bias.fill_(1)
-    old_logprobs = math.log(0.5) - torch.tensor([1.5, 1.5, 0.5, 0.5]).log()
-    old_values, returns = torch.tensor([0, 2, 1.1, 0.9]), torch.tensor([2.0, 1, 1, 3])
-    advantages = torch.tensor([1.0, -1, 1, -1])
-    metrics = record.update(
-        torch.randn(4, 4), torch.tensor([0, 1, 1, 0]), old_logprobs, old_values, advantages, returns
-    )
-    assert metrics["losses/policy_loss"].item() == pytest.approx(0.6 / 4)
-    assert metrics["losses/value_loss"].item() == pytest.approx(value_loss)
-    assert metrics["losses/entropy"].item() == pytest.approx(math.log(2))
-    assert metrics["losses/clipfrac"].item() == 1
-
-
 def test_minibatches():
     """Each epoch has every sample once, in a new order; in the first update the ratio is 1.
 
