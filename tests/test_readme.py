@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import urllib.request
@@ -172,7 +171,7 @@ def test_tensorboard_command(clone):
             url = re.sub(r"//[^:/]+:", "//localhost:", url)
             assert b"<title>TensorBoard</title>" in urllib.request.urlopen(url, timeout=30).read()
         finally:
-            process.send_signal(signal.SIGTERM)
+            process.kill()
 
 
 @pytest.mark.parametrize("command", BENCHMARK)
