@@ -4,7 +4,7 @@
     python ppo.py --env-id Acrobot-v1 --seed 2         # another environment, another seed
     python ppo.py --resume runs/RUN                    # continue a stopped run
     python ppo.py --evaluate runs/RUN --capture-video  # play greedy episodes and film the first
-    tensorboard --logdir runs                          # learning curves
+    tensorboard --logdir runs  # learning curves
 
 Papers: PPO (Schulman et al., 2017, arXiv:1707.06347) and GAE (Schulman et al., 2016, arXiv:1506.02438).
 "Detail n" is the n-th of The 37 Implementation Details of PPO (Huang et al., ICLR blog track, 2022).
@@ -44,17 +44,17 @@ class Args:
     exp_name: str = Path(__file__).stem  # part of the run's name: runs/<env_id>__<exp_name>__<seed>__<unix time>
     seed: int = 1  # seed of all random numbers; on one machine's CPU, the same seed gives the same bits
     total_timesteps: int = 500_000  # steps to train for, over all environments; rounded up to whole iterations
-    num_envs: int = 4  # number of environments stepped together
-    num_steps: int = 128  # steps of each environment per iteration
+    num_envs: int = 8  # number of environments stepped together
+    num_steps: int = 256  # steps of each environment per iteration
     learning_rate: float = 1e-3  # learning rate of Adam
     anneal_lr: bool = True  # anneal the learning rate linearly to zero
     gamma: float = 0.99  # discount factor
-    gae_lambda: float = 0.95  # lambda of generalized advantage estimation
-    num_minibatches: int = 4  # minibatches per epoch
-    update_epochs: int = 4  # epochs per iteration
+    gae_lambda: float = 0.98  # lambda of generalized advantage estimation
+    num_minibatches: int = 16  # minibatches per epoch
+    update_epochs: int = 10  # epochs per iteration
     norm_adv: bool = True  # normalize advantages in each minibatch
     clip_coef: float = 0.2  # clip range of the probability ratio
-    clip_vloss: bool = True  # also clip how far values move from the old values, by clip_coef
+    clip_vloss: bool = False  # also clip how far values move from the old values, by clip_coef
     ent_coef: float = 0.0  # coefficient of the entropy bonus
     vf_coef: float = 0.5  # coefficient of the value loss
     max_grad_norm: float = 0.5  # a gradient with a larger norm is scaled down to this norm

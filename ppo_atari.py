@@ -5,7 +5,7 @@
     python ppo_atari.py --resume runs/RUN                    # continue a stopped run
     python ppo_atari.py --evaluate runs/RUN --capture-video  # play games and film the first
     torchrun --standalone --nproc-per-node 2 ppo_atari.py    # train one agent in two processes, e.g. on two GPUs
-    tensorboard --logdir runs                                # learning curves
+    tensorboard --logdir runs  # learning curves
 
 Papers: PPO (Schulman et al., 2017, arXiv:1707.06347), GAE (Schulman et al., 2016, arXiv:1506.02438) and the
 network, DQN (Mnih et al., 2015, Nature 518). "Detail n" is the n-th of The 37 Implementation Details of PPO

@@ -4,7 +4,7 @@
     python ppo_continuous_action.py --env-id Hopper-v5 --seed 2          # another environment, another seed
     python ppo_continuous_action.py --resume runs/RUN                    # continue a stopped run
     python ppo_continuous_action.py --evaluate runs/RUN --capture-video  # play greedy episodes and film the first
-    tensorboard --logdir runs                                            # learning curves
+    tensorboard --logdir runs  # learning curves
 
 Differs from ppo.py in the policy, a normal distribution, and in normalizing observations and rewards.
 
@@ -201,7 +201,7 @@ class Agent(nn.Module):
         return self.actor(self.normalize(observations)) + noise * self.log_std.exp()
 
     def value(self, observations: torch.Tensor) -> torch.Tensor:
-        """Values [...] of observations [..., num_inputs], in the unit of the scaled rewards."""
+        """Values [...] of observations [..., num_inputs]."""
         return self.critic(self.normalize(observations)).squeeze(-1)
 
     def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, ...]:

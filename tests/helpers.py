@@ -18,6 +18,8 @@ import ppo
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm")  # logged as losses/...
+SMALL = {"num_envs": 4, "num_steps": 128, "num_minibatches": 4, "update_epochs": 4}  # iterations of 512 steps
+SMALL_FLAGS = ("--num-envs", 4, "--num-steps", 128, "--num-minibatches", 4, "--update-epochs", 4)
 PATIENCE = 180  # seconds after which something counts as hanging
 
 
@@ -92,8 +94,11 @@ def wait_for_training(process: subprocess.Popen) -> None:
 
 
 def train(script=ppo, **flags) -> Path:
-    """Train in this process, with ppo or another script (a module). Returns the run's folder."""
-    return script.train(script.Args(**{"eval_episodes": 1, **flags}))
+    """Train in this process, with ppo or another script (a module). Returns the run's folder.
+
+    Iterations of ppo are small ones by default.
+    """
+    return script.train(script.Args(**{"eval_episodes": 1, **(SMALL if script is ppo else {}), **flags}))
 
 
 def fork(name: str, *replacements: tuple[str, str], script: str = "ppo") -> ModuleType:

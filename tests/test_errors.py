@@ -31,7 +31,7 @@ import ppo_continuous_action
         ("--env-kwargs", "no_such_argument=1"),
         ("--env-kwargs", "is_slippery"),
         ("--num-minibatches", 5),
-        ("--num-minibatches", 512),  # of one sample each
+        ("--num-minibatches", 2048),  # of one sample each
         ("--device", "cud"),
         pytest.param(("--device", "cuda"), marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")),
         ("--resume", "no_such_run"),
@@ -175,6 +175,7 @@ def test_nan_stops_the_run_and_keeps_the_last_checkpoint(command_line, what, mon
     """In the 300th step of both environments, which is in the third iteration."""
     monkeypatch.setattr(ppo, "time", SimpleNamespace(time=time.time, monotonic=lambda: 1e6 * time.monotonic()))
     flags = ("--env-id", "probe_envs:Faulty-v0", "--env-kwargs", f"what={what}", "at=300", "--num-envs", 2)
+    flags += ("--num-steps", 128)
     assert_refused(ppo, command_line(*flags, "--total-timesteps", 2048))
     checkpoint = load(the_run())
     assert checkpoint["global_step"] == 512

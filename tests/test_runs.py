@@ -20,6 +20,7 @@ import torch
 from helpers import (
     LOSSES,
     ROOT,
+    SMALL_FLAGS,
     curves,
     finish,
     load,
@@ -35,6 +36,7 @@ from helpers import (
 
 import ppo
 
+ONE_EPISODE = (*SMALL_FLAGS, "--eval-episodes", 1)
 TOTAL = 40 * 512  # steps of CartPole, 1 to 2 s; the returns of the last 100 episodes then reach about 200
 
 
@@ -75,7 +77,7 @@ def test_cartpole_learns(unbroken):
 def test_the_script_alone_repeats_a_run_to_the_bit(unbroken):
     """A copy of ppo.py, with nothing else of the repository, in another process. Without a terminal it prints lines."""
     shutil.copy(ROOT / "ppo.py", "ppo.py")
-    result = run(sys.executable, "ppo.py", "--total-timesteps", TOTAL - 100, "--eval-episodes", 1, PYTHONPATH="")
+    result = run(sys.executable, "ppo.py", "--total-timesteps", TOTAL - 100, *ONE_EPISODE, PYTHONPATH="")
     assert result.code == 0
     assert result.err == ""
     run_dir = the_run()
@@ -190,7 +192,7 @@ def test_stopping_and_the_printed_command(command_line, signum, monkeypatch):
     """The iteration is finished and saved, the exit code is 130 or 143; the printed command finishes the run."""
     with monkeypatch.context() as patch:
         signal_in_iteration(3, signum, patch)
-        code, out, err = command_line("--total-timesteps", 2560, "--eval-episodes", 1)
+        code, out, err = command_line("--total-timesteps", 2560, *ONE_EPISODE)
     assert code == 128 + signum
     assert err == ""
     run_dir = the_run()
@@ -266,7 +268,7 @@ def test_kill_9_and_resume(start, command_line, unbroken):
 
     The curves of the resumed run have no gap and no duplicate step.
     """
-    process = start("--total-timesteps", TOTAL, "--eval-episodes", 1, setup=OFTEN_AND_SLOWLY)
+    process = start("--total-timesteps", TOTAL, *ONE_EPISODE, setup=OFTEN_AND_SLOWLY)
     wait_for_training(process)
     wait_until(lambda: list(Path("runs").glob("*/checkpoint.pt")), "a checkpoint is saved")
     time.sleep(random.uniform(0.2, 1.2))
