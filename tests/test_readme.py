@@ -1,5 +1,6 @@
-"""Every command, diff and piece of code in the README runs as it stands there, only shorter."""
+"""Every command, diff, piece of code and link in the README and in docs/ works as it stands there, only shorter."""
 
+import functools
 import os
 import re
 import shlex
@@ -14,63 +15,95 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+NAMES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
+PAGES = {name: (ROOT / name).read_text() for name in NAMES}
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+OUTSIDE = {name: FENCE.sub("", text) for name, text in PAGES.items()}  # the pages without their fenced blocks
+SHORT = {  # each training script, and flags of a short run
+    "ppo.py": [],
+    "ppo_lstm.py": ["--observe", "0", "2"],
+    "ppo_continuous_action.py": ["--env-id", "Pendulum-v1", "--num-steps", "256"],
+    "ppo_atari.py": ["--env-id", "ALE/Pong-v5", "--num-envs", "2", "--num-steps", "32"],
+}
 
 
-def blocks(language: str) -> list[str]:
-    """The contents of the README's fenced blocks in a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, pages=tuple(PAGES)) -> list[str]:
+    """The fenced blocks in a language, each once."""
+    found = [block for page in pages for kind, block in FENCE.findall(PAGES[page]) if kind == language]
+    return list(dict.fromkeys(found))
 
 
 def commands() -> list[str]:
-    """The README's shell commands, comments cut off, in order."""
-    return [
-        line.split("  #")[0].strip() for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()
-    ]
+    """The shell commands, each once: the lines of blocks without comments, and those within tables and sentences."""
+    lines = [line.split("  #")[0] for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    lines += [code for text in OUTSIDE.values() for code in re.findall(r"`((?:python|torchrun) [^`]+)`", text)]
+    return list(dict.fromkeys(" ".join(line.split()) for line in lines))
+
+
+def starting_with(*words: str) -> list[str]:
+    return [command for command in commands() if command.startswith(words)]
+
+
+def script_of(command: str) -> str:
+    """The training script of a command, if it has one."""
+    return next((word for word in command.split() if word in SHORT and "--script" not in command), "")
 
 
 INSTALL = [command for command in commands() if "pip install" in command]
-TRAIN = [command for command in commands() if command.startswith("python ppo.py")]
-ATARI = [command for command in commands() if command.startswith(("python ppo_atari.py", "torchrun "))]
-CONTINUOUS = [command for command in commands() if command.startswith("python ppo_continuous_action.py")]
-TUNE = [command for command in commands() if command.startswith("python tune.py")]
-QUICK = [command for command in commands() if command.startswith("python -m pytest")]
-BENCHMARK = [command for command in commands() if command.startswith("python benchmark/")]
+TRAIN = [command for command in commands() if command not in INSTALL and script_of(command)]
+TUNE = starting_with("python tune.py")
+QUICK = starting_with("python -m pytest")
+BENCHMARK = starting_with("python benchmark/")
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    """A copy of the repository's files, with the environment of the README's diff and one short run."""
+    """A copy of the repository's files, with the new files of the pages' diffs."""
     folder = tmp_path_factory.mktemp("clone")
     for path in [*ROOT.glob("*.py"), ROOT / "benchmark"]:
         (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
     for diff in blocks("diff"):
-        if "/dev/null" in diff:
+        if "--- /dev/null" in diff:
             patch(folder, diff)
-    run(folder, [sys.executable, "ppo.py", "--total-timesteps", "1", "--eval-episodes", "1"])
     return folder
 
 
-def run(folder: Path, command: list[str]) -> str:
+@pytest.fixture(scope="module")
+def short_run(clone):
+    """Makes a short run of a script, when it is first asked for: its name."""
+
+    @functools.cache
+    def make(script: str) -> str:
+        words = [sys.executable, script, *SHORT[script], "--total-timesteps", "1", "--eval-episodes", "1"]
+        return re.search(r"^runs/(\S+): steps", run(clone, words), re.MULTILINE)[1]
+
+    return make
+
+
+def run(folder: Path, command: list[str], **variables: str) -> str:
     """Run a command that must succeed; its output."""
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
+    options = {"cwd": folder, "env": {**os.environ, **variables}, "capture_output": True, "text": True}
+    result = subprocess.run(command, timeout=600, **options)
     assert result.returncode == 0, f"{shlex.join(command)}\n{result.stdout}\n{result.stderr}"
     return result.stdout
 
 
 def patch(folder: Path, diff: str) -> None:
-    """Apply one of the README's diffs."""
+    """Apply a diff."""
     command = ["git", "apply", "--verbose", "--recount", "-"]
     said = subprocess.run(command, cwd=folder, input=diff, capture_output=True, text=True, check=True).stderr
     assert "offset" not in said, "its line numbers are those of the script"
 
 
-def test_the_readme_is_complete():
+def test_every_command_is_known():
     """The extraction finds every command."""
-    assert len(INSTALL) == 2 and len(TRAIN) >= 8 and len(BENCHMARK) >= 2 and len(blocks("diff")) == 3
-    assert len(ATARI) >= 4 and len(CONTINUOUS) >= 4 and len(TUNE) == 3
-    known = INSTALL + TRAIN + ATARI + CONTINUOUS + TUNE + QUICK + BENCHMARK + ["tensorboard --logdir runs"]
+    assert len(INSTALL) >= 2 and len(TUNE) >= 3 and len(BENCHMARK) >= 2
+    assert {script_of(command) for command in TRAIN} == set(SHORT)
+    assert [command for command in TUNE if "--report" in command] == ["python tune.py --report ppo__LunarLander-v3"]
+    known = INSTALL + TRAIN + TUNE + QUICK + BENCHMARK + ["tensorboard --logdir runs"]
     assert set(commands()) == set(known), "a command of a new kind needs a test of its own"
+    for path in re.findall(r"-r (\S+)", " ".join(INSTALL)):
+        assert (ROOT / path).is_file()
 
 
 def test_quick_command():
@@ -80,90 +113,83 @@ def test_quick_command():
     assert run(ROOT, words).count("::") >= 20
 
 
+def slug(heading: str) -> str:
+    """The anchor of a heading on GitHub."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_files(page):
+    """Every link, picture and anchor leads somewhere, every file that is named exists, and docs/ opens with a line."""
+    folder = (ROOT / page).parent
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", OUTSIDE[page]):
+        path = (folder / target).resolve() if target else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", OUTSIDE[str(path.relative_to(ROOT))], re.MULTILINE)
+            assert anchor in map(slug, headings), f"{target}#{anchor}"
+    made = {"checkpoint.pt", *re.findall(r"^\+\+\+ b/(.+)$", "\n".join(blocks("diff")), re.MULTILINE)}
+    for name in re.findall(r"`([\w./-]+\.(?:py|pt|md|txt|csv|png|gif|toml))`", OUTSIDE[page]):
+        assert name in made or any((base / name).exists() for base in (ROOT, ROOT / "benchmark" / "results")), name
+    if page == "README.md":
+        assert PAGES[page].count("\n") <= 160
+        assert all(f"({name})" in OUTSIDE[page] for name in PAGES if name != page), "it links to every page"
+    else:
+        assert re.match(r"# .+\n\n.+\.\n\n", PAGES[page]), "a title and one line on what the page answers"
+
+
+def test_details():
+    """The page names each detail once, where a script has it."""
+    rows = re.findall(r"^\| (\d+) \|.*?(?:\| (`.+) )?\|$", PAGES["docs/details.md"], re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 38))
+    sources = "\n".join((ROOT / script).read_text() for script in SHORT)
+    for name in re.findall(r"\w+(?=[\w.]*`)", " ".join(where for _, where in rows)):
+        assert re.search(rf"(def|class) {name}\b", sources), name
+
+
 def global_step(folder: Path, run_name: str) -> int:
     """The step of a run's checkpoint."""
     return torch.load(folder / "runs" / run_name / "checkpoint.pt", weights_only=True)["global_step"]
 
 
 @pytest.mark.parametrize("command", TRAIN)
-def test_ppo_command(clone, command):
-    """Each training, resuming and evaluating command, with one iteration or one more."""
-    name = max(path.name for path in (clone / "runs").glob("CartPole-v1__ppo__1__*"))
+def test_training_script(clone, short_run, command):
+    """Each training, resuming and evaluating command, with one iteration or one more; twice if for two machines."""
+    *variables, command = re.fullmatch(r"(?:(\w+)=(\S+) )?(.+)", command).groups()
+    name = short_run(script_of(command)) if "RUN" in command else ""
     words = shlex.split(command.replace("RUN", name))
-    words[0] = sys.executable
+    words[:1] = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "torch.distributed.run"]
     if "--resume" in words:
         words += ["--total-timesteps", str(global_step(clone, name) + 1)]
     elif "--evaluate" not in words:
         words += ["--total-timesteps", "1"]
-    if "--eval-episodes" not in words:
-        words += ["--eval-episodes", "1"]
-    assert "evaluation at step" in run(clone, words)
-    if "--capture-video" in words:
-        assert list(clone.glob("runs/*/videos/*/*.mp4"))
-
-
-@pytest.fixture(scope="module")
-def pong(clone) -> str:
-    """A short run of Pong, as the commands want it: its name."""
-    sizes = ["--num-envs", "2", "--num-steps", "32", "--total-timesteps", "64", "--eval-episodes", "1"]
-    run(clone, [sys.executable, "ppo_atari.py", "--env-id", "ALE/Pong-v5", *sizes])
-    return next((clone / "runs").glob("ALE-Pong-v5__*__1__*")).name
-
-
-@pytest.mark.parametrize("command", ATARI)
-def test_ppo_atari_command(clone, pong, command):
-    """Each training and evaluating command, and torchrun's, twice where it is for two machines."""
-    words = shlex.split(command.replace("RUN", pong))
-    words[:1] = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "torch.distributed.run"]
-    if "--evaluate" not in words:
-        words += ["--total-timesteps", "100000" if "--resume" in words else "1"]
-    words += ["--eval-episodes", "1"]
-    if "--resume" in words:  # one iteration more
-        words[words.index("100000")] = str(global_step(clone, pong) + 1)
+    words += [] if "--eval-episodes" in words else ["--eval-episodes", "1"]
+    films = set(clone.rglob("*.mp4"))
     machines = int(words[words.index("--nnodes") + 1]) if "--nnodes" in words else 1
     with ThreadPoolExecutor(machines) as pool:
-        outputs = "".join(pool.map(lambda _: run(clone, words), range(machines)))
+        environment = {variables[0]: variables[1]} if variables[0] else {}
+        outputs = "".join(pool.map(lambda _: run(clone, words, **environment), range(machines)))
     assert outputs.count("evaluation at step") == 1
-    if "--capture-video" in words:
-        assert list(clone.glob(f"runs/{pong}/videos/*.mp4"))
+    assert (set(clone.rglob("*.mp4")) > films) == ("--capture-video" in words)
 
 
-@pytest.fixture(scope="module")
-def pendulum(clone) -> str:
-    """A short run of Pendulum, as the commands want it: its name."""
-    flags = ["--env-id", "Pendulum-v1", "--num-steps", "256", "--total-timesteps", "1", "--eval-episodes", "1"]
-    run(clone, [sys.executable, "ppo_continuous_action.py", *flags])
-    return next((clone / "runs").glob("Pendulum-v1__*__1__*")).name
-
-
-@pytest.mark.parametrize("command", CONTINUOUS)
-def test_ppo_continuous_action_command(clone, pendulum, command):
-    """Each training and evaluating command, with one iteration."""
-    words = shlex.split(command.replace("RUN", pendulum))
-    words[0] = sys.executable
-    if "--evaluate" not in words:
-        words += ["--total-timesteps", "1"]
-    assert "evaluation at step" in run(clone, [*words, "--eval-episodes", "1"])
-    if "--capture-video" in words:
-        assert list(clone.glob(f"runs/{pendulum}/videos/*/*.mp4"))
-
-
-@pytest.mark.parametrize("command", TUNE)
+@pytest.mark.parametrize("command", [command for command in TUNE if "--report" not in command])
 def test_tune_command(clone, command):
-    """A study of two short trials, and its report."""
-    words = shlex.split(command.partition(" -- ")[0])
-    words[0] = sys.executable
-    if "--report" not in words:
-        words += ["--seeds", "1", "--n-trials", "2", "--confirm", "0"]
-        words += ["--", "--total-timesteps", "2048", "--eval-episodes", "1"]
-    assert "The best flags, trial " in run(clone, words)
-    study = next(word for word in words if "LunarLander-v3" in word or "Acrobot-v1" in word).removeprefix("ppo__")
-    assert (clone / "runs" / f"ppo__{study}" / "report.md").is_file()
+    """A study of two short trials, and the reports on it."""
+    words = shlex.split(re.sub(r"@\d+", "@8192", command.partition(" -- ")[0]))
+    words += ["--seeds", "1", "--n-trials", "2", "--confirm", "0", "--", "--eval-episodes", "1"]
+    words += [] if "--env-ids" in words else ["--total-timesteps", "8192"]
+    said = run(clone, [sys.executable, *words[1:]])
+    assert "The best flags, trial " in said
+    study = re.search(r"^# (\S+)$", said, re.MULTILINE)[1]
+    assert (clone / "runs" / study / "report.md").is_file()
+    if (report := f"python tune.py --report {study}") in TUNE:
+        assert "The best flags, trial " in run(clone, [sys.executable, *shlex.split(report)[1:]])
 
 
-def test_tensorboard_command(clone):
+def test_tensorboard_command(clone, short_run):
     """TensorBoard starts on the runs and serves its page."""
-    assert "tensorboard --logdir runs" in commands()
+    short_run("ppo.py")
     words = [sys.executable, "-m", "tensorboard.main", "--logdir", "runs", "--port", "0"]
     with subprocess.Popen(words, cwd=clone, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -188,23 +214,37 @@ def test_benchmark_command(clone, command):
     run(clone, words)
 
 
-@pytest.mark.parametrize("diff", blocks("diff"), ids=["network", "reward", "environment"])
-def test_fork(clone, diff, tmp_path):
-    """Each diff applies to a copy of ppo.py alone, and the fork runs."""
-    shutil.copy(ROOT / "ppo.py", tmp_path)
-    before = (tmp_path / "ppo.py").read_text()
-    patch(tmp_path, diff)
-    assert (tmp_path / "ppo.py").read_text() != before or (tmp_path / "corridor.py").exists()
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_code(clone, short_run, code):
+    """The Python examples, as scripts beside the others."""
+    script = "ppo_lstm.py" if "from ppo_lstm" in code else "ppo.py"
+    run(clone, [sys.executable, "-c", code.replace("RUN", short_run(script))])
+
+
+# ------------------------------------------------------------------------ diffs of the README and of docs/forks.md
+README_DIFFS = blocks("diff", ["README.md"])
+GALLERY = [diff for diff in blocks("diff", ["docs/forks.md"]) if diff not in README_DIFFS]
+
+
+def check_fork(diff: str, folder: Path) -> None:
+    """A diff applies to a copy of ppo.py alone, and the fork runs."""
+    shutil.copy(ROOT / "ppo.py", folder)
+    before = (folder / "ppo.py").read_text()
+    patch(folder, diff)
+    assert (folder / "ppo.py").read_text() != before or (folder / "corridor.py").exists()
     env_id = "corridor:Corridor-v0" if "/dev/null" in diff else "CartPole-v1"
     words = [sys.executable, "ppo.py", "--env-id", env_id, "--total-timesteps", "1", "--eval-episodes", "1"]
-    assert "evaluation at step" in run(tmp_path, words)
+    assert "evaluation at step" in run(folder, words)
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=["policy", "train"])
-def test_python_code(clone, code):
-    """The Python examples, as scripts beside ppo.py."""
-    name = max(path.name for path in (clone / "runs").glob("CartPole-v1__ppo__1__*"))
-    run(clone, [sys.executable, "-c", code.replace("RUN", name)])
+def test_fork_of_the_readme(tmp_path):
+    (diff,) = README_DIFFS
+    check_fork(diff, tmp_path)
+
+
+@pytest.mark.parametrize("diff", GALLERY)
+def test_fork_of_the_gallery(diff, tmp_path):
+    check_fork(diff, tmp_path)
 
 
 def test_continuous_integration_runs_the_readmes_test_command():
