@@ -1,6 +1,6 @@
 """Proximal Policy Optimization (PPO) for discrete actions, in one file.
 
-    python ppo.py                                      # CartPole-v1: reaches a return of 500 in half a minute
+    python ppo.py                                      # CartPole-v1: reaches a return of 500 in 100k steps
     python ppo.py --env-id Acrobot-v1 --seed 2         # another environment, another seed
     python ppo.py --resume runs/RUN                    # continue a stopped run
     python ppo.py --evaluate runs/RUN --capture-video  # play greedy episodes and film the first

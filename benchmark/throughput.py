@@ -3,6 +3,7 @@
     python benchmark/throughput.py                  # takes about ten minutes on an otherwise idle machine
     python benchmark/throughput.py --scenario ppo_atari --repeats 3 --total-timesteps 10240 --name throughput_atari
     python benchmark/throughput.py --scenario ppo_continuous_action --name throughput_continuous_action
+    python benchmark/throughput.py --scenario ppo_lstm --name throughput_lstm  # against sb3-contrib's RecurrentPPO
 
 Each measurement runs in its own process. All are taken once in each round, one after the other, and ratios are
 those of the same round, so that slow changes of the machine's speed cancel. The script runs as usual, with
@@ -93,12 +94,22 @@ SCENARIOS = {
         more_variants=("", "--compile"),
         more_iterations=10,
     ),
+    "ppo_lstm": Scenario(
+        flags="--env-id CartPole-v1 --update-epochs 4 --learning-rate 1e-3 --clip-coef 0.2 --ent-coef 0",
+        num_envs=8,
+        num_steps=128,
+        num_minibatches=4,
+        variants=("",),
+        more_envs=(16, 64),
+        more_variants=("",),
+        more_iterations=10,
+    ),
 }
 
 
 @dataclass
 class Args:
-    scenario: Literal["ppo", "ppo_atari", "ppo_continuous_action"] = "ppo"  # name of the script
+    scenario: Literal["ppo", "ppo_atari", "ppo_continuous_action", "ppo_lstm"] = "ppo"  # name of the script
     repeats: int = 5  # number of rounds
     total_timesteps: int = 100_000  # steps of each run; more with many environments, see Scenario.more_iterations
     more_envs: tuple[int, ...] | None = None  # further numbers of environments; by default those of the scenario
@@ -118,13 +129,19 @@ def load_script(name: str, total_timesteps: int, seed: int):
 def work_sb3(scenario: str, total_timesteps: int, seed: int) -> dict:
     """Train with Stable-Baselines3, with the script's hyperparameters and environment wrappers.
 
-    What is not given has the same value by default: networks, Adam's epsilon, normalized advantages.
+    What is not given has the same value by default: networks, Adam's epsilon, normalized advantages. The recurrent
+    networks are smaller than the script's: they lack the layer before the LSTM.
     """
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_atari_env, make_vec_env
     from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
     _, args = load_script(scenario, total_timesteps, seed)
+    policy, options = "CnnPolicy" if scenario == "ppo_atari" else "MlpPolicy", {}
+    if scenario == "ppo_lstm":
+        from sb3_contrib import RecurrentPPO as PPO
+
+        policy, options = "MlpLstmPolicy", {"policy_kwargs": {"lstm_hidden_size": 64, "net_arch": []}}
     if scenario == "ppo_atari":  # the script has imported ale_py, which registers the game
         envs = VecFrameStack(make_atari_env("BreakoutNoFrameskip-v4", args.num_envs, seed=seed), 4)
     else:
@@ -132,7 +149,7 @@ def work_sb3(scenario: str, total_timesteps: int, seed: int) -> dict:
     if scenario == "ppo_continuous_action":
         envs = VecNormalize(envs, gamma=args.gamma)
     model = PPO(
-        "CnnPolicy" if scenario == "ppo_atari" else "MlpPolicy",
+        policy,
         envs,
         learning_rate=lambda remaining: args.learning_rate * remaining,
         n_steps=args.num_steps,
@@ -147,6 +164,7 @@ def work_sb3(scenario: str, total_timesteps: int, seed: int) -> dict:
         max_grad_norm=args.max_grad_norm,
         seed=seed,
         device="cpu",
+        **options,
     )
     model.learn(total_timesteps // 10)
     warm_up_steps, start = model.num_timesteps, time.perf_counter()

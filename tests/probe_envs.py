@@ -79,6 +79,27 @@ class Chain(gym.Env):
         return self.observe(), reward, ended and self.end == "termination", ended and self.end == "truncation", {}
 
 
+class Recall(gym.Env):
+    """The first observation names the action, 0 or 1, that has reward 1 instead of -1 in the last of `length` steps."""
+
+    observation_space = Box(-1, 1, (2,), np.float32)
+    action_space = Discrete(2)
+
+    def __init__(self, length=20):
+        self.length = length
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count, self.answer = 0, int(self.np_random.integers(2))
+        return np.array([2 * self.answer - 1, 0], np.float32), {}
+
+    def step(self, action):
+        self.count += 1
+        ended = self.count == self.length
+        reward = (1.0 if action == self.answer else -1.0) if ended else 0.0
+        return np.array([0, self.count == self.length - 1], np.float32), reward, ended, False, {}
+
+
 class Numbered(gym.Env):
     """Every observation is unique: (who, episode, step), where `who` comes from the first seed.
 
@@ -267,5 +288,5 @@ class Diary(CartPoleEnv):
 
 for name, (observations, reward) in ONE_STEP.items():
     gym.register(f"{name}-v0", OneStep, kwargs={"observations": observations, "reward": reward})
-for env in (Target, Chain, ContinuousChain, Numbered, ContinuousNumbered, Faulty, Spaces, Diary):
+for env in (Target, Chain, Recall, ContinuousChain, Numbered, ContinuousNumbered, Faulty, Spaces, Diary):
     gym.register(f"{env.__name__}-v0", env)
