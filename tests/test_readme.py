@@ -1,4 +1,7 @@
-"""Every command, diff, piece of code and link in the README and in docs/ works as it stands there, only shorter."""
+"""Every command, diff, piece of code and link in the README and in docs/ works as it stands there, only shorter.
+
+The commands and diffs of docs/forks.md are tested in test_forks_gallery.py.
+"""
 
 import functools
 import os
@@ -18,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 NAMES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 PAGES = {name: (ROOT / name).read_text() for name in NAMES}
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+COMMAND_PAGES = [name for name in NAMES if name != "docs/forks.md"]
 OUTSIDE = {name: FENCE.sub("", text) for name, text in PAGES.items()}  # the pages without their fenced blocks
 SHORT = {  # each training script, and flags of a short run
     "ppo.py": [],
@@ -27,16 +31,16 @@ SHORT = {  # each training script, and flags of a short run
 }
 
 
-def blocks(language: str, pages=tuple(PAGES)) -> list[str]:
+def blocks(language: str) -> list[str]:
     """The fenced blocks in a language, each once."""
-    found = [block for page in pages for kind, block in FENCE.findall(PAGES[page]) if kind == language]
+    found = [block for page in COMMAND_PAGES for kind, block in FENCE.findall(PAGES[page]) if kind == language]
     return list(dict.fromkeys(found))
 
 
 def commands() -> list[str]:
     """The shell commands, each once: the lines of blocks without comments, and those within tables and sentences."""
     lines = [line.split("  #")[0] for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
-    lines += [code for text in OUTSIDE.values() for code in re.findall(r"`((?:python|torchrun) [^`]+)`", text)]
+    lines += [code for name in COMMAND_PAGES for code in re.findall(r"`((?:python|torchrun) [^`]+)`", OUTSIDE[name])]
     return list(dict.fromkeys(" ".join(line.split()) for line in lines))
 
 
@@ -58,13 +62,10 @@ BENCHMARK = starting_with("python benchmark/")
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    """A copy of the repository's files, with the new files of the pages' diffs."""
+    """A copy of the repository's files."""
     folder = tmp_path_factory.mktemp("clone")
     for path in [*ROOT.glob("*.py"), ROOT / "benchmark"]:
         (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
-    for diff in blocks("diff"):
-        if "--- /dev/null" in diff:
-            patch(folder, diff)
     return folder
 
 
@@ -86,13 +87,6 @@ def run(folder: Path, command: list[str], **variables: str) -> str:
     result = subprocess.run(command, timeout=600, **options)
     assert result.returncode == 0, f"{shlex.join(command)}\n{result.stdout}\n{result.stderr}"
     return result.stdout
-
-
-def patch(folder: Path, diff: str) -> None:
-    """Apply a diff."""
-    command = ["git", "apply", "--verbose", "--recount", "-"]
-    said = subprocess.run(command, cwd=folder, input=diff, capture_output=True, text=True, check=True).stderr
-    assert "offset" not in said, "its line numbers are those of the script"
 
 
 def test_every_command_is_known():
@@ -128,7 +122,7 @@ def test_links_and_files(page):
         if anchor:
             headings = re.findall(r"^#+ (.+)$", OUTSIDE[str(path.relative_to(ROOT))], re.MULTILINE)
             assert anchor in map(slug, headings), f"{target}#{anchor}"
-    made = {"checkpoint.pt", *re.findall(r"^\+\+\+ b/(.+)$", "\n".join(blocks("diff")), re.MULTILINE)}
+    made = {"checkpoint.pt", *re.findall(r"^\+\+\+ b/(.+)$", PAGES["docs/forks.md"], re.MULTILINE)}
     for name in re.findall(r"`([\w./-]+\.(?:py|pt|md|txt|csv|png|gif|toml))`", OUTSIDE[page]):
         assert name in made or any((base / name).exists() for base in (ROOT, ROOT / "benchmark" / "results")), name
     if page == "README.md":
@@ -221,30 +215,16 @@ def test_python_code(clone, short_run, code):
     run(clone, [sys.executable, "-c", code.replace("RUN", short_run(script))])
 
 
-# ------------------------------------------------------------------------ diffs of the README and of docs/forks.md
-README_DIFFS = blocks("diff", ["README.md"])
-GALLERY = [diff for diff in blocks("diff", ["docs/forks.md"]) if diff not in README_DIFFS]
-
-
-def check_fork(diff: str, folder: Path) -> None:
-    """A diff applies to a copy of ppo.py alone, and the fork runs."""
-    shutil.copy(ROOT / "ppo.py", folder)
-    before = (folder / "ppo.py").read_text()
-    patch(folder, diff)
-    assert (folder / "ppo.py").read_text() != before or (folder / "corridor.py").exists()
-    env_id = "corridor:Corridor-v0" if "/dev/null" in diff else "CartPole-v1"
-    words = [sys.executable, "ppo.py", "--env-id", env_id, "--total-timesteps", "1", "--eval-episodes", "1"]
-    assert "evaluation at step" in run(folder, words)
-
-
-def test_fork_of_the_readme(tmp_path):
-    (diff,) = README_DIFFS
-    check_fork(diff, tmp_path)
-
-
-@pytest.mark.parametrize("diff", GALLERY)
-def test_fork_of_the_gallery(diff, tmp_path):
-    check_fork(diff, tmp_path)
+def test_fork(tmp_path):
+    """The diff applies to a copy of ppo.py alone, and the fork runs."""
+    (diff,) = blocks("diff")
+    shutil.copy(ROOT / "ppo.py", tmp_path)
+    command = ["git", "apply", "--verbose", "--recount", "-"]
+    said = subprocess.run(command, cwd=tmp_path, input=diff, capture_output=True, text=True, check=True).stderr
+    assert "offset" not in said, "its line numbers are those of the script"
+    assert (tmp_path / "ppo.py").read_text() != (ROOT / "ppo.py").read_text()
+    words = [sys.executable, "ppo.py", "--total-timesteps", "1", "--eval-episodes", "1"]
+    assert "evaluation at step" in run(tmp_path, words)
 
 
 def test_continuous_integration_runs_the_readmes_test_command():

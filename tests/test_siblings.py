@@ -14,7 +14,9 @@ DIFFERENT = {
     "ppo_continuous_action.py": AGENT | TRAIN | {"make_envs.make_env", "Agent.sample_noise", "evaluate"},
     "ppo_atari.py": AGENT | TRAIN | {"make_envs", "load_agent", "evaluate", "main"},
 }
-DIFFERENT["ppo_lstm.py"] = AGENT | TRAIN | {"Args.__post_init__", "make_envs.make_env", "train.update", "train: (c) learn"}
+DIFFERENT["ppo_lstm.py"] = (
+    AGENT | TRAIN | {"Args.__post_init__", "make_envs.make_env", "train.update", "train: (c) learn"}
+)
 DIFFERENT["ppo_lstm.py"] |= {"load_agent", "evaluate", "main"}
 DIFFERENT["ppo_atari.py"] |= {"train.update", "train: (c) learn", "train: (d) log and save"}
 LACKING = {"ppo_atari.py": {"make_envs.make_env"}}  # in ppo.py only

@@ -1,0 +1,187 @@
+"""Every diff of docs/forks.md applies to the script as it is, and the fork trains, resumes and evaluates.
+
+Forks that need tests/requirements-forks.txt run with `pytest -m forks`.
+"""
+
+import importlib.util
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.envs.toy_text.taxi import TaxiEnv
+from helpers import ROOT, curves, load, run, the_run, train
+from torch.distributions import Categorical, Normal, TanhTransform, TransformedDistribution
+
+TEXT = (ROOT / "docs" / "forks.md").read_text()
+PARTS = re.split(r"^## \d+\. (.*)\n", TEXT, flags=re.MULTILINE)
+SECTIONS = dict(zip(PARTS[1::2], PARTS[2::2], strict=True))
+SHORT = ["--total-timesteps", "1", "--num-envs", "2", "--num-steps", "32", "--num-minibatches", "4"]
+
+
+def blocks(title: str, language: str) -> list[str]:
+    """The contents of a section's fenced blocks in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", SECTIONS[title], re.DOTALL | re.MULTILINE)
+
+
+def fork(title: str):
+    """The script of a section, patched in the current folder, as a module."""
+    script = re.search(r"^python (ppo\w*)\.py", SECTIONS[title], re.MULTILINE)[1]
+    shutil.copy(ROOT / f"{script}.py", ".")
+    for diff in blocks(title, "diff"):
+        command = ["git", "apply", "--verbose", "--recount", "-"]
+        said = subprocess.run(command, input=diff, capture_output=True, text=True, check=True).stderr
+        assert "Applied" in said and "offset" not in said, said
+        assert 1 <= len(re.findall(r"^\+(?!\+\+ )", diff, re.MULTILINE)) <= 40
+    spec = importlib.util.spec_from_file_location(f"fork_{script}", f"{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def marks(title: str):
+    return pytest.mark.forks if "requirements-forks.txt" in SECTIONS[title] else ()
+
+
+@pytest.mark.parametrize("title", [pytest.param(title, marks=marks(title)) for title in SECTIONS])
+def test_fork(title, command_line, monkeypatch):
+    """Each command, shortened to one iteration; then one more by --resume, and the agent of the run."""
+    monkeypatch.syspath_prepend(Path.cwd())
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    module = fork(title)
+    (commands,) = blocks(title, "bash")
+    for command in commands.replace("\\\n", " ").splitlines():
+        words = shlex.split(command)
+        if words[1] == "export_onnx.py":
+            done = run(sys.executable, words[1], the_run())
+            assert done.code == 0 and "differ by at most" in done.out, done
+            continue
+        env_id = words[words.index("--env-id") + 1]
+        gym.make(env_id).close()  # imports its module
+        monkeypatch.setattr(gym.spec(env_id.rpartition(":")[2]), "max_episode_steps", 40)
+        script = module if words[1] == f"{module.__name__[5:]}.py" else __import__(words[1][:-3])
+        done = command_line(*words[2:], *SHORT, "--eval-episodes", "1", script=script)
+        assert done.code == 0 and "evaluation at step 64" in done.out, done
+        path = max(Path("runs").iterdir(), key=lambda path: path.stat().st_mtime)
+        done = command_line("--resume", path, "--total-timesteps", "65", script=script)
+        assert done.code == 0 and "steps 64 to 128" in done.out and "evaluation at step 128" in done.out, done
+        assert all(math.isfinite(value) for curve in curves(path).values() for _, value in curve)
+        script.load_agent(path)
+    if title.startswith("Weights"):
+        assert all(b"eval/episodic_return" in file.read_bytes() for file in path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_auxiliary_loss():
+    """The head has its own learning rate, and its loss falls."""
+    module = fork("An auxiliary loss")
+    path = train(module, num_steps=32, learning_rate=1e-3, total_timesteps=1280, num_envs=4, num_minibatches=4)
+    rates = [group["lr"] for group in load(path)["optimizer"]["param_groups"]]
+    assert rates == pytest.approx([1e-4, 3e-4])  # annealed to the tenth of ten iterations
+    losses = [value for _, value in curves(path)["losses/dynamics_loss"]]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+class Switches(gym.Env):
+    """An action of two components, neither of which starts at 0; the best is (7, -1)."""
+
+    observation_space = gym.spaces.Box(0, 1, (2,))
+    action_space = gym.spaces.MultiDiscrete([3, 2], start=[5, -1])
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(np.asarray(action))
+        return np.zeros(2, np.float32), float(action[0] == 7) + float(action[1] == -1), True, False, {}
+
+
+def test_multidiscrete():
+    """`start` is added, the components are sampled independently, and the best values are found."""
+    gym.register("Switches-v0", Switches)
+    module = fork("MultiDiscrete actions")
+    flags = {"num_steps": 64, "learning_rate": 1e-2, "num_envs": 4, "num_minibatches": 4}
+    path = train(module, env_id="Switches-v0", total_timesteps=5120, **flags)
+    assert curves(path)["eval/episodic_return"][0][1] == 2
+    agent = module.Agent(module.make_envs(module.Args(env_id="Switches-v0"), 1))
+    agent.actor[-1].bias.data = torch.tensor([0.0, 1, 2, 0, 1])
+    x = torch.zeros(20_000, 2)
+    actions = agent.act(x, agent.sample_noise(20_000, 1)[:, 0])
+    heads = [Categorical(logits=torch.tensor(logits)) for logits in ([0.0, 1, 2], [0.0, 1])]
+    frequencies = torch.histogramdd(actions.float(), [3, 2], [-0.5, 2.5, -0.5, 1.5]).hist / 20_000
+    assert torch.allclose(frequencies, torch.outer(heads[0].probs, heads[1].probs), atol=0.02)
+    logprobs, entropies, _ = agent(x, actions)
+    torch.testing.assert_close(logprobs, heads[0].log_prob(actions[:, 0]) + heads[1].log_prob(actions[:, 1]))
+    torch.testing.assert_close(entropies[0], heads[0].entropy() + heads[1].entropy())
+
+
+@pytest.mark.parametrize("async_envs", [False, True])
+def test_action_masking(async_envs, monkeypatch):
+    """No masked action is taken, in training or evaluation; the update is finite."""
+    step = TaxiEnv.step
+
+    def checked_step(self, action):
+        assert self.action_mask(self.s)[action], "a masked action"
+        return step(self, action)
+
+    monkeypatch.setattr(TaxiEnv, "step", checked_step)  # also in the workers, which are forked
+    monkeypatch.setattr(gym.spec("Taxi-v4"), "max_episode_steps", 7)
+    module = fork("Action masking")
+    flags = {"num_steps": 64, "num_envs": 4, "num_minibatches": 4, "ent_coef": 0.1, "eval_episodes": 3}
+    path = train(module, env_id="Taxi-v4", total_timesteps=1024, async_envs=async_envs, **flags)
+    assert all(math.isfinite(value) for _, value in curves(path)["losses/grad_norm"])
+    assert all(abs(value) < 1 for _, value in curves(path)["losses/approx_kl"]), "the old masks"
+    agent = module.load_agent(path)
+    x, masks, actions = torch.eye(500)[:9], torch.rand(9, 6) < 0.5, torch.zeros(9, dtype=torch.int64)
+    masks[:, 0] = True
+    logprobs, entropies, _ = agent(x, masks, actions)
+    policy = Categorical(logits=agent.actor(x).masked_fill(~masks, -1e9))
+    torch.testing.assert_close(logprobs, policy.log_prob(actions))
+    torch.testing.assert_close(entropies, policy.entropy())
+    (logprobs + entropies).sum().backward()
+    assert all(p.grad.isfinite().all() for p in agent.actor.parameters())
+
+
+def test_vector_implementation(monkeypatch):
+    """The step after an end, which starts from a pole that has fallen, is not in the batch."""
+    module, seen = fork("An environment's own vector implementation"), []
+    forward = module.Agent.forward
+    monkeypatch.setattr(module.Agent, "forward", lambda self, x, a: (seen.append(x), forward(self, x, a))[1])
+    path = train(module, num_envs=4, num_steps=64, num_minibatches=8, update_epochs=1, total_timesteps=2560)
+    samples = torch.cat([x for x in seen if x.dim() == 2])
+    assert samples[:, 2].abs().max() < math.radians(12)
+    episodes = sum(value for _, value in curves(path)["charts/episodes"])
+    assert episodes > 20 and 0 <= len(samples) - (2560 - episodes) <= 4  # an end in the last step has no row after it
+    lengths, returns = curves(path)["charts/episodic_length"], curves(path)["charts/episodic_return"]
+    assert lengths == returns
+
+
+def test_tanh():
+    """Log-probabilities and entropies are those of the squashed distribution."""
+    module = fork("Actions bounded by tanh")
+    envs = module.make_envs(module.Args(env_id="Hopper-v5"), 4)
+    agent, x = module.Agent(envs), torch.randn(11).expand(50_000, 11)
+    policy = TransformedDistribution(Normal(agent.actor(agent.normalize(x)), agent.log_std.exp()), TanhTransform())
+    raw = agent.act(x, agent.sample_noise(50_000, 1)[:, 0]).detach()
+    logprobs, entropies, _ = agent(x, raw)
+    torch.testing.assert_close(logprobs, policy.log_prob(raw.tanh()).sum(-1), atol=1e-3, rtol=1e-3)
+    assert entropies.mean().item() == pytest.approx(-logprobs.mean().item(), abs=0.03)
+    actions = module.clip_actions(100 * raw[:4].numpy(), envs)
+    assert envs.action_space.contains(actions) and np.abs(actions).max() > 0.99
+
+
+def test_images():
+    """The features of a rollout are those of its images, one by one."""
+    module = fork("Images that are not Atari's")
+    envs = module.make_envs(module.Args(env_id="CarRacing-v3", env_kwargs=("continuous=False",)), 1)
+    agent, x = module.Agent(envs), torch.randint(256, (2, 3, 96, 96, 3), dtype=torch.uint8)
+    features = agent.features(x)
+    image = x[1, 2].float() / 255
+    torch.testing.assert_close(features[1, 2], agent.trunk(image.permute(2, 0, 1).unsqueeze(0))[0])
+    torch.testing.assert_close(agent.value(x), agent(x, torch.zeros(2, 3, dtype=torch.int64))[2])
