@@ -62,7 +62,7 @@ class Args:
     clip_coef: float = 0.2  # clip range of the probability ratio
     clip_vloss: bool = False  # also clip how far values move from the old values, by clip_coef
     ent_coef: float = 0.0  # coefficient of the entropy bonus
-    vf_coef: float = 0.5  # coefficient of the value loss
+    vf_coef: float = 0.01  # coefficient of the value loss
     max_grad_norm: float = 0.5  # a gradient with a larger norm is scaled down to this norm
     target_kl: float | None = None  # stop the epochs when the approximate KL divergence exceeds this
     device: str = "cpu"  # device for training: `cpu` (faster for networks this small), `cuda`, `cuda:1`, ...
