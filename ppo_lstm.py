@@ -62,7 +62,7 @@ class Args:
     clip_coef: float = 0.2  # clip range of the probability ratio
     clip_vloss: bool = False  # also clip how far values move from the old values, by clip_coef
     ent_coef: float = 0.0  # coefficient of the entropy bonus
-    vf_coef: float = 0.01  # coefficient of the value loss
+    vf_coef: float = 0.5  # coefficient of the value loss
     max_grad_norm: float = 0.5  # a gradient with a larger norm is scaled down to this norm
     target_kl: float | None = None  # stop the epochs when the approximate KL divergence exceeds this
     device: str = "cpu"  # device for training: `cpu` (faster for networks this small), `cuda`, `cuda:1`, ...
@@ -354,7 +354,9 @@ def train(args: Args) -> Path:
         is_last[-1] = True
         next_values = np.where(is_last, bootstrap_values, values.roll(-1, 0).cpu().numpy())
         gae_inputs = values.cpu().numpy(), next_values, terminations, truncations
-        advantages = to_device(compute_gae(rewards, *gae_inputs, args.gamma, args.gae_lambda))
+        # Values are those of scaled rewards: large returns would saturate the LSTM, whose features are in [-1, 1].
+        scaled_rewards = rewards * max(1 - args.gamma, 1 / T)
+        advantages = to_device(compute_gae(scaled_rewards, *gae_inputs, args.gamma, args.gae_lambda))
         returns = advantages + values
         batch = (device_observations, device_actions, ended_episodes, old_logprobs, values, advantages, returns)
 
