@@ -1,0 +1,66 @@
+"""Check that results still hold: does each script compute the same bits as at the commit of its result?
+
+    python benchmark/same_bits.py                      # all results of learning.py
+    python benchmark/same_bits.py cartpole lunarlander
+
+Both versions train for three iterations with the flags and the first seed of the result, in each of its environments.
+Exits with code 1 if any weight differs. Requirements: pip install -r requirements.txt -r benchmark/requirements.txt
+"""
+
+import contextlib
+import importlib.util
+import io
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import learning
+import torch
+import tyro
+
+
+def train(script: Path, flags: list[str]) -> dict[str, torch.Tensor]:
+    """Train for three iterations in a temporary folder. Returns the weights."""
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[script.stem] = module
+    spec.loader.exec_module(module)
+    torch._dynamo.reset()
+    args = tyro.cli(module.Args, args=flags)
+    args.total_timesteps, args.eval_episodes = 3 * args.num_envs * args.num_steps, 1
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        with contextlib.redirect_stdout(io.StringIO()):
+            module.train(args)
+        (path,) = Path(folder).glob("runs/*/checkpoint.pt")
+        return torch.load(path, weights_only=True)["agent"]
+
+
+def main(names: tyro.conf.Positional[tuple[str, ...]] = ()) -> None:
+    """Compare the scripts of these results, or of all."""
+    different = 0
+    for path in [learning.RESULTS / f"{name}.md" for name in names] or sorted(learning.RESULTS.glob("*.md")):
+        commit = re.search(r"(\w+\.py) of commit (\w+)", path.read_text())
+        command = re.search(r"`python benchmark/learning.py (.*--seeds.*)`", path.read_text())
+        if not (commit and command):
+            continue
+        words = shlex.split(command[1])
+        split = words.index("--") if "--" in words else len(words)
+        args, flags = tyro.cli(learning.Args, args=words[:split]), words[split + 1 :]
+        old_source = subprocess.run(["git", "show", f"{commit[2]}:{commit[1]}"], cwd=learning.ROOT, capture_output=True)
+        with tempfile.TemporaryDirectory() as folder:
+            old_script = Path(folder, commit[1])
+            old_script.write_bytes(old_source.stdout)
+            for env_id in args.env_ids:
+                run_flags = ["--env-id", env_id, "--seed", str(args.seeds[0]), *flags]
+                old, new = train(old_script, run_flags), train(learning.ROOT / args.script, run_flags)
+                same = old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+                different += not same
+                print(f"{path.stem}: {env_id}, commit {commit[2]}: {'same bits' if same else 'DIFFERENT'}", flush=True)
+    sys.exit(different > 0)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)
