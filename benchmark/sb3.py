@@ -50,6 +50,7 @@ class Log(BaseCallback):
             metrics["charts/episodes"] = len(self.episodes)
         for tag, value in metrics.items():
             self.writer.add_scalar(tag, value, self.num_timesteps)
+        self.writer.flush()  # solved.py stops the run
         self.episodes, self.time = [], time.monotonic()
 
 
