@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 
 class UsageError(Exception):
-    """An error in the user's input, printed as one line with exit code 2."""
+    """An error that is printed as one line, with exit code 2."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Name-v0` imports `module` first
     env_kwargs: tuple[str, ...] = ()  # arguments of the environment, e.g. `is_slippery=False map_name=8x8`
     exp_name: str = Path(__file__).stem  # part of the run's name: runs/<env_id>__<exp_name>__<seed>__<unix time>
-    seed: int = 1  # seed of all random numbers; on one machine's CPU, the same seed gives the same bits
+    seed: int = 1  # seed of all random numbers; on one machine's CPU, the same seed gives the same results to the bit
     total_timesteps: int = 500_000  # steps to train for, over all environments; rounded up to whole iterations
     num_envs: int = 8  # number of environments stepped together
     num_steps: int = 256  # steps of each environment per iteration
@@ -54,15 +54,15 @@ class Args:
     update_epochs: int = 10  # epochs per iteration
     norm_adv: bool = True  # normalize advantages in each minibatch
     clip_coef: float = 0.2  # clip range of the probability ratio
-    clip_vloss: bool = False  # also clip how far values move from the old values, by clip_coef
+    clip_vloss: bool = False  # limit the change of each value in the value loss to clip_coef
     ent_coef: float = 0.0  # coefficient of the entropy bonus
     vf_coef: float = 0.5  # coefficient of the value loss
     max_grad_norm: float = 0.5  # a gradient with a larger norm is scaled down to this norm
     target_kl: float | None = None  # stop the epochs when the approximate KL divergence exceeds this
     device: str = "cpu"  # device for training: `cpu` (faster for networks this small), `cuda`, `cuda:1`, ...
     compile: bool = False  # compile the gradient step with torch.compile; needs a C++ compiler
-    async_envs: bool = False  # step each environment in its own process; pays off above about 0.2 ms per step
-    capture_video: bool = False  # film environment 0 (episodes 0, 1, 8, 27, ..., 1000, 2000, ...) into RUN/videos/
+    async_envs: bool = False  # step each environment in its own process; pays off if a step takes over 0.2 ms
+    capture_video: bool = False  # film episodes 0, 1, 8, 27, ..., 1000, 2000, ... of environment 0 to RUN/videos/
     eval_episodes: int = 10  # number of greedy episodes played after training and by `--evaluate`
     resume: str | None = None  # resume this run, e.g. `runs/RUN`; a larger `--total-timesteps` extends it
     evaluate: str | None = None  # evaluate the policy of this run, e.g. `runs/RUN`, instead of training
@@ -95,7 +95,7 @@ def make_envs(args: Args, num_envs: int, video: dict | None = None) -> gym.vecto
 
     def make_env(index: int) -> gym.Env:
         if os.getpid() != main_process and hasattr(os, "setpgrp"):
-            os.setpgrp()  # in a worker of --async-envs: keep Ctrl-C to the main process
+            os.setpgrp()  # in a worker of --async-envs: only the main process gets Ctrl-C
         film = video is not None and index == 0
         env = gym.make(args.env_id, **env_kwargs, **({"render_mode": "rgb_array"} if film else {}))
         space = env.observation_space
@@ -164,7 +164,7 @@ class Agent(nn.Module):
         return self.critic(observations).squeeze(-1)
 
     def forward(self, observations: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Log-probabilities of the actions, entropies of the policy (in nats) and values, of the shape of actions."""
+        """Log-probabilities of the actions, entropies of the policy (in nats) and values, each shaped as actions."""
         logprobs = self.actor(observations).log_softmax(-1)
         entropies = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1), entropies, self.value(observations)
@@ -212,7 +212,7 @@ def train(args: Args) -> Path:
     video = {"video_folder": f"{run_dir}/videos/train-{int(time.time())}"}
     envs = make_envs(args, N, video if args.capture_video else None)
     agent = Agent(envs).to(device)
-    learning_rate = torch.tensor(args.learning_rate) if args.compile else args.learning_rate  # floats recompile
+    learning_rate = torch.tensor(args.learning_rate) if args.compile else args.learning_rate  # a float would recompile
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, eps=1e-5, fused=not args.compile)  # detail 3
     initial_learning_rates = [group["lr"] for group in optimizer.param_groups]
@@ -266,17 +266,17 @@ def train(args: Args) -> Path:
     terminations = np.zeros((T, N), bool)
     truncations = np.zeros((T, N), bool)
     episode_returns, episode_lengths = np.zeros(N), np.zeros(N, np.int64)  # of the current episodes
-    recent_returns = []
+    recent_returns, stop_signal = [], None
     observation, _ = envs.reset(seed=10_000 * args.seed + global_step)
 
     writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # hides what was logged after the checkpoint
     writer.add_text("hyperparameters", "\n".join(f"    {name}: {value}" for name, value in vars(args).items()))
-    stop_signal = None
 
     def request_stop(signum, frame):
         nonlocal stop_signal
-        stop_signal = signum  # stop after this iteration
-        signal.signal(signum, signal.SIG_DFL)  # at once on a second signal
+        stop_signal = signum
+        signal.signal(signum, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this iteration; a second signal stops at once\n")  # print() is not reentrant
 
     old_handlers = {signum: signal.signal(signum, request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     total_steps = num_iterations * batch_size
@@ -362,12 +362,12 @@ def train(args: Args) -> Path:
     for signum, handler in old_handlers.items():
         signal.signal(signum, handler)
     if stop_signal is not None:
-        print(f"stopped at step {global_step:,}; to resume: python {sys.argv[0]} --resume {run_dir}", flush=True)
+        print(f"stopped at step {global_step:,}; to resume: python {os.path.relpath(__file__)} --resume {run_dir}")
         raise SystemExit(128 + stop_signal)
     evaluate(args, run_dir)
     print(f"learning curves: tensorboard --logdir {run_dir}")
-    print(f"film:            python {sys.argv[0]} --evaluate {run_dir} --capture-video")
-    print(f"train longer:    python {sys.argv[0]} --resume {run_dir} --total-timesteps {2 * total_steps}")
+    print(f"film:            python {os.path.relpath(__file__)} --evaluate {run_dir} --capture-video")
+    print(f"train longer:    python {os.path.relpath(__file__)} --resume {run_dir} --total-timesteps {2 * total_steps}")
     return run_dir
 
 
@@ -398,9 +398,9 @@ def load_checkpoint(run: str | Path, agent: Agent | None = None, optimizer: torc
         if optimizer is not None:
             param_groups = [dict(group) for group in optimizer.param_groups]
             optimizer.load_state_dict(checkpoint["optimizer"])
-            optimizer.param_groups[:] = param_groups  # their options depend on --compile
+            optimizer.param_groups[:] = param_groups  # keep this process's options: they depend on --compile
             torch.set_rng_state(checkpoint["rng_state"])
-    except Exception as error:  # a damaged file raises nearly anything
+    except Exception as error:  # a damaged file can raise almost any exception
         raise UsageError(f"cannot load {path}: {' '.join(str(error).split())[:200]}") from error
     return checkpoint
 
@@ -420,7 +420,7 @@ def evaluate(args: Args, run: str | Path) -> np.ndarray:
     video = {"video_folder": f"{run}/videos/eval-at-{step}", "episode_trigger": lambda episode: episode == 0}
     envs = make_envs(args, args.eval_episodes, video if args.capture_video else None)
     returns, ended = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes, bool)
-    observations, _ = envs.reset(seed=10_000 * args.seed + 5_000)  # apart from the seeds of training
+    observations, _ = envs.reset(seed=10_000 * args.seed + 5_000)  # other seeds than in training
     while not ended.all():
         with torch.inference_mode():
             actions = agent.act(torch.as_tensor(observations, dtype=torch.float32)).numpy()

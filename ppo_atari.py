@@ -41,7 +41,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 class UsageError(Exception):
-    """An error in the user's input, printed as one line with exit code 2."""
+    """An error that is printed as one line, with exit code 2."""
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Args:
     env_kwargs: tuple[str, ...] = ()  # arguments of AtariVectorEnv, e.g. `full_action_space=True noop_max=0`
     sticky_actions: bool = False  # repeat the last action with probability 0.25 in each frame (Machado et al., 2018)
     exp_name: str = Path(__file__).stem  # part of the run's name: runs/<env_id>__<exp_name>__<seed>__<unix time>
-    seed: int = 1  # seed of all random numbers; on one machine's CPU, the same seed gives the same bits
+    seed: int = 1  # seed of all random numbers; on one machine's CPU, the same seed gives the same results to the bit
     total_timesteps: int = 10_000_000  # steps to train for, over all environments; rounded up to whole iterations
     num_envs: int = 8  # number of environments stepped together, over all processes of torchrun
     num_steps: int = 128  # steps of each environment per iteration
@@ -62,7 +62,7 @@ class Args:
     update_epochs: int = 4  # epochs per iteration
     norm_adv: bool = True  # normalize advantages in each minibatch
     clip_coef: float = 0.1  # clip range of the probability ratio
-    clip_vloss: bool = True  # also clip how far values move from the old values, by clip_coef
+    clip_vloss: bool = True  # limit the change of each value in the value loss to clip_coef
     ent_coef: float = 0.01  # coefficient of the entropy bonus
     vf_coef: float = 0.5  # coefficient of the value loss
     max_grad_norm: float = 0.5  # a gradient with a larger norm is scaled down to this norm
@@ -229,7 +229,7 @@ def train(args: Args) -> Path:
             run_dir.mkdir(parents=True)
     envs = make_envs(args, N)
     agent = Agent(envs, bfloat16).to(device)
-    learning_rate = torch.tensor(args.learning_rate) if args.compile else args.learning_rate  # floats recompile
+    learning_rate = torch.tensor(args.learning_rate) if args.compile else args.learning_rate  # a float would recompile
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, eps=1e-5, fused=not args.compile)  # detail 3
     initial_learning_rates = [group["lr"] for group in optimizer.param_groups]
@@ -290,19 +290,19 @@ def train(args: Args) -> Path:
     terminations = np.zeros((T, N), bool)
     truncations = np.zeros((T, N), bool)
     episode_returns, episode_lengths = np.zeros(N), np.zeros(N, np.int64)  # of the current games
-    recent_returns = []
+    recent_returns, stop_signal = [], None
     frames, infos = envs.reset(seed=(10_000 * args.seed + global_step + rank * N) % 2**31)  # ALE takes 31 bits
     observations[T] = to_device(frames).permute(0, 2, 3, 1)
 
     if rank == 0:  # the first process logs and saves for all
         writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # hides what was logged after the checkpoint
         writer.add_text("hyperparameters", "\n".join(f"    {name}: {value}" for name, value in vars(args).items()))
-    stop_signal = None
 
     def request_stop(signum, frame):
         nonlocal stop_signal
-        stop_signal = signum  # stop after this iteration
-        signal.signal(signum, signal.SIG_DFL)  # at once on a second signal
+        stop_signal = signum
+        signal.signal(signum, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this iteration; a second signal stops at once\n")  # print() is not reentrant
 
     old_handlers = {signum: signal.signal(signum, request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     total_steps = num_iterations * batch_size
@@ -415,12 +415,12 @@ def train(args: Args) -> Path:
     if rank > 0:
         return run_dir
     if stopping is not None:
-        print(f"stopped at step {global_step:,}; to resume: python {sys.argv[0]} --resume {run_dir}", flush=True)
+        print(f"stopped at step {global_step:,}; to resume: python {os.path.relpath(__file__)} --resume {run_dir}")
         raise SystemExit(128 + stopping)
     evaluate(args, run_dir)
     print(f"learning curves: tensorboard --logdir {run_dir}")
-    print(f"film:            python {sys.argv[0]} --evaluate {run_dir} --capture-video")
-    print(f"train longer:    python {sys.argv[0]} --resume {run_dir} --total-timesteps {2 * total_steps}")
+    print(f"film:            python {os.path.relpath(__file__)} --evaluate {run_dir} --capture-video")
+    print(f"train longer:    python {os.path.relpath(__file__)} --resume {run_dir} --total-timesteps {2 * total_steps}")
     return run_dir
 
 
@@ -451,9 +451,9 @@ def load_checkpoint(run: str | Path, agent: Agent | None = None, optimizer: torc
         if optimizer is not None:
             param_groups = [dict(group) for group in optimizer.param_groups]
             optimizer.load_state_dict(checkpoint["optimizer"])
-            optimizer.param_groups[:] = param_groups  # their options depend on --compile
+            optimizer.param_groups[:] = param_groups  # keep this process's options: they depend on --compile
             torch.set_rng_state(checkpoint["rng_state"])
-    except Exception as error:  # a damaged file raises nearly anything
+    except Exception as error:  # a damaged file can raise almost any exception
         raise UsageError(f"cannot load {path}: {' '.join(str(error).split())[:200]}") from error
     return checkpoint
 
@@ -475,7 +475,7 @@ def evaluate(args: Args, run: str | Path) -> np.ndarray:
     agent, step = load_agent(run), load_checkpoint(run)["global_step"]
     envs = make_envs(args, args.eval_episodes, life_loss_info=False)
     returns, ended = np.zeros(args.eval_episodes), np.zeros(args.eval_episodes, bool)
-    seed = (10_000 * args.seed + 5_000) % 2**31  # apart from the seeds of training
+    seed = (10_000 * args.seed + 5_000) % 2**31  # other seeds than in training
     torch.manual_seed(seed)
     frames, _ = envs.reset(seed=seed)
     game = []  # the first one: each action, and the number of the frame after it

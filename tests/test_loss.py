@@ -38,7 +38,7 @@ def recorded(script="ppo", change=None, **flags):
         record.agent, record.update = agent, update
         return observed
 
-    line = "    stop_signal = None\n\n    def request_stop"
+    line = "    def request_stop"
     module = fork("observed", (line, f"    update = observe(update, agent, optimizer)\n{line}"), script=script)
     module.observe = observe
     record.args = module.Args(**{**TINY, "eval_episodes": 1, "exp_name": script, **flags})

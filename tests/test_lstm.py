@@ -113,7 +113,7 @@ def test_minibatches():
 
         return observed
 
-    line = "    stop_signal = None\n\n    def request_stop"
+    line = "    def request_stop"
     module = fork("observed", (line, f"    update = observe(update)\n{line}"), script="ppo_lstm")
     module.observe = observe
     module.train(module.Args(**NUMBERED, eval_episodes=1, learning_rate=0.01))

@@ -194,7 +194,7 @@ def test_stopping_and_the_printed_command(command_line, signum, monkeypatch):
         signal_in_iteration(3, signum, patch)
         code, out, err = command_line("--total-timesteps", 2560, *ONE_EPISODE)
     assert code == 128 + signum
-    assert err == ""
+    assert err == "\nstopping after this iteration; a second signal stops at once\n"
     run_dir = the_run()
     assert load(run_dir)["global_step"] == 3 * 512
     assert curves(run_dir)["losses/policy_loss"][-1][0] == 3 * 512
