@@ -46,8 +46,8 @@ class Args:
     exp_name: str = Path(__file__).stem  # part of the run's name: runs/<env_id>__<exp_name>__<seed>__<unix time>
     seed: int = 1  # seed of all random numbers; on one machine's CPU, the same seed gives the same results to the bit
     total_timesteps: int = 1_000_000  # steps to train for, over all environments; rounded up to whole iterations
-    num_envs: int = 1  # number of environments stepped together
-    num_steps: int = 2048  # steps of each environment per iteration
+    num_envs: int = 16  # number of environments stepped together
+    num_steps: int = 128  # steps of each environment per iteration
     learning_rate: float = 3e-4  # learning rate of Adam
     anneal_lr: bool = True  # anneal the learning rate linearly to zero
     gamma: float = 0.99  # discount factor
