@@ -9,7 +9,6 @@ Requirements: pip install -r requirements.txt -r benchmark/requirements.txt
 """
 
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
@@ -39,7 +38,7 @@ def train(command: str, seed: int, limit: float) -> tuple[np.ndarray, np.ndarray
         try:
             process.wait(limit)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
             process.wait()
         events = EventAccumulator(str(next(learning.Path(folder, "runs").iterdir())), size_guidance={"scalars": 0})
         events.Reload()
