@@ -77,7 +77,7 @@ class Args:
     seeds: tuple[int, ...] = (1, 2, 3)  # seeds that each trial trains with
     n_jobs: int = 1  # number of trials run side by side, each on one thread
     space: tuple[str, ...] = ()  # NAME=log:LOW:HIGH, float:LOW:HIGH, int:LOW:HIGH, choice:A,B,C or NAME of SPACE alone
-    confirm: int = 5  # number of new seeds on which the best trial meets the defaults, at least 4; 0 for none
+    confirm: int = 5  # new seeds on which the best trial is compared with the defaults, at least 4; 0 for none
     study: str | None = None  # name of the study and of its folder in runs/; <script>__<environments> if not given
     storage: str = "sqlite:///runs/optuna.db"  # URL of the database; workers that share it work on the same study
     report: str | None = None  # write the report on this study and run nothing

@@ -1,7 +1,7 @@
 """What each detail is worth: training without it, beside the default.
 
-    python benchmark/ablations.py --jobs 2                        # all runs, about 7 hours on two cores
-    python benchmark/ablations.py --jobs 2 --env-ids CartPole-v1  # one environment, about 40 minutes
+    python benchmark/ablations.py --jobs 2                        # all runs
+    python benchmark/ablations.py --jobs 2 --env-ids CartPole-v1  # one environment
 
 A variant is a file in benchmark/ablations/<script>: flags or a diff of the script. Seeds are 1 to 10 for the default, 1
 to 5 for a variant. The same command continues after an interruption. Results: benchmark/results/ablations.{csv,md,png}.

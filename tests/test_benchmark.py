@@ -58,11 +58,11 @@ def test_variants(script, tmp_path):
 
 def test_steps_to_a_mean_of_100_episodes_and_cells():
     episodes = np.array([60, 30, 20, 5])
-    run = ablations.learning.Run("", 1, np.arange(1, 5) * 10, np.array([0.0, 475, 500, 500]), episodes, 40, 0, 0, None)
+    run = ablations.learning.Run("", 1, np.arange(1, 5) * 10, np.array([0.0, 475, 500, 500]), episodes, 50, 0, 0, None)
     assert ablations.steps_to(run, 0) == 30  # the first 90 episodes are too few
-    assert ablations.steps_to(run, (50 * 0 + 30 * 475 + 20 * 500) / 100) == 30
+    assert ablations.steps_to(run, 242.5) == 30  # 50 episodes at 0, 30 at 475, 20 at 500
     assert ablations.steps_to(run, 245) == 40  # 45 episodes at 0, 30 at 475, 25 at 500: 267.5
-    assert ablations.steps_to(run, 300) == 40  # never reached: the last step
+    assert ablations.steps_to(run, 300) == 50  # never reached: the last step
     values = {"default": [0.0, 1, 2, 3], "a": [0.0, 1, 2, 3], "b": [100.0, 101, 102, 104], "c": [1.0, 1, 2, 2]}
     cells = ablations.compare(values)
     assert cells["default"] == "1.5 ± 1.1" and cells["a"] == "1.5 ± 1.1 (+0.0, p 1)"
