@@ -76,7 +76,6 @@ def write_results(values: dict[str, dict[str, list[float]]], machines: list[str]
     with open(learning.RESULTS / "ablations.csv", "w", newline="") as file:
         rows = [[result, name, *x] for result, variants in values.items() for name, x in variants.items()]
         csv.writer(file, lineterminator="\n").writerows([["result", "variant", *range(1, 11)], *rows])
-
     figure = Figure(figsize=(5 * len(values), 5), layout="constrained")
     for panel, (result, x) in zip(figure.subplots(1, len(values), squeeze=False)[0], values.items(), strict=True):
         panel.axvspan(min(x["default"]), max(x["default"]), color="tab:blue", alpha=0.2, linewidth=0)
@@ -100,7 +99,8 @@ def main(env_ids: tuple[str, ...] = tuple(SUITES), jobs: int = 1) -> None:
             groups[name] = learning.make_jobs(job_args, flags + variant_flags)
         if env_id in env_ids:
             todo = [job for group in groups.values() for job in group if not job.finished.is_file()]
-            learning.run_jobs(todo, jobs, learning.describe_machine(learning.ROOT / f"{script}.py", jobs))
+            machine = learning.describe_machine(learning.ROOT / f"{script}.py", jobs)
+            learning.run_jobs(sorted(todo, key=lambda job: job.seed), jobs, machine)
         for name, group in groups.items():
             done = [job for job in group if job.finished.is_file()]
             runs = [learning.read_run(env_id, job.seed, job.folder) for job in done]
