@@ -1,6 +1,7 @@
 """CartPole and LunarLander without velocities, for scripts that have no `--observe`.
 
     PYTHONPATH=benchmark python ppo.py --env-id masked_envs:CartPoleNoVelocity-v1
+    PYTHONPATH=$PWD/benchmark python benchmark/learning.py --env-ids masked_envs:CartPoleNoVelocity-v1
 
 The observations are those of `ppo_lstm.py --observe 0 2` and `--observe 0 1 4 6 7`.
 """
