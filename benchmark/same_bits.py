@@ -1,7 +1,7 @@
 """Check that results still hold: does each script compute the same bits as at the commit of its result?
 
-    python benchmark/same_bits.py                      # all results of learning.py
     python benchmark/same_bits.py cartpole lunarlander
+    PYTHONPATH=benchmark:tests python benchmark/same_bits.py  # all results of learning.py; needs pip install minigrid
 
 Both versions train for three iterations with the flags and the first seed of the result, in each of its environments.
 Exits with code 1 if any weight differs. Requirements: pip install -r requirements.txt -r benchmark/requirements.txt
@@ -44,7 +44,7 @@ def main(names: tyro.conf.Positional[tuple[str, ...]] = ()) -> None:
     for path in [learning.RESULTS / f"{name}.md" for name in names] or sorted(learning.RESULTS.glob("*.md")):
         commit = re.search(r"(\w+\.py) of commit (\w+)", path.read_text())
         command = re.search(r"`python benchmark/learning.py (.*--seeds.*)`", path.read_text())
-        if not (commit and command):
+        if not (commit and command and Path(learning.ROOT, commit[1]).is_file()):  # such as sb3.py, a peer
             continue
         words = shlex.split(command[1])
         split = words.index("--") if "--" in words else len(words)
