@@ -42,7 +42,7 @@ class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id of the environment; `module:Name-v0` imports `module` first
     env_kwargs: tuple[str, ...] = ()  # arguments of the environment, e.g. `is_slippery=False map_name=8x8`
     exp_name: str = Path(__file__).stem  # part of the run's name: runs/<env_id>__<exp_name>__<seed>__<unix time>
-    seed: int = 1  # seed of all random numbers; on one machine's CPU, the same seed gives the same results to the bit
+    seed: int = 1  # seed of all random numbers; on one machine's CPU, the same seed gives bitwise identical results
     total_timesteps: int = 500_000  # steps to train for, over all environments; rounded up to whole iterations
     num_envs: int = 8  # number of environments stepped together
     num_steps: int = 256  # steps of each environment per iteration
@@ -54,7 +54,7 @@ class Args:
     update_epochs: int = 10  # epochs per iteration
     norm_adv: bool = True  # normalize advantages in each minibatch
     clip_coef: float = 0.2  # clip range of the probability ratio
-    clip_vloss: bool = False  # limit the change of each value in the value loss to clip_coef
+    clip_vloss: bool = False  # clip the value loss, with the range clip_coef
     ent_coef: float = 0.0  # coefficient of the entropy bonus
     vf_coef: float = 0.5  # coefficient of the value loss
     max_grad_norm: float = 0.5  # a gradient with a larger norm is scaled down to this norm
@@ -76,7 +76,7 @@ class Args:
         if not (0 <= self.seed < 2**32 and 0 <= self.gamma <= 1 and 0 <= self.gae_lambda <= 1):
             raise UsageError("--seed must be between 0 and 2**32 - 1, --gamma and --gae-lambda between 0 and 1")
         if (n := self.num_envs * self.num_steps) % self.num_minibatches or n == self.num_minibatches:
-            raise UsageError("--num-minibatches must divide num_envs * num_steps, into 2 samples or more")
+            raise UsageError("--num-minibatches must divide num_envs * num_steps into minibatches of 2 samples or more")
         if not all("=" in text for text in self.env_kwargs):
             raise UsageError("--env-kwargs takes name=value")
 
@@ -103,7 +103,7 @@ def make_envs(args: Args, num_envs: int, video: dict | None = None) -> gym.vecto
             hint = "use ppo_continuous_action.py" if isinstance(env.action_space, Box) else "only Discrete is supported"
             raise UsageError(f"{args.env_id} has the action space {env.action_space}: {hint}")
         if isinstance(space, Box) and space.dtype == np.uint8 and len(space.shape) > 1:
-            raise UsageError(f"{args.env_id} has images as observations: for Atari, use ppo_atari.py")
+            raise UsageError(f"{args.env_id} has images as observations: use ppo_atari.py or see docs/forks.md")
         if isinstance(space, Dict):  # leave out other entries, such as MiniGrid's mission
             kinds = (Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple)
             names = [name for name in space if isinstance(space[name], kinds)]
@@ -344,7 +344,7 @@ def train(args: Args) -> Path:
         if not math.isfinite(metrics["losses/grad_norm"]):
             progress.close()
             writer.close()
-            raise UsageError(f"NaN or infinite gradient before step {global_step:,}; an earlier checkpoint is kept")
+            raise UsageError(f"NaN or infinite gradient before step {global_step:,}; any earlier checkpoint is kept")
         last = iteration + 1 == num_iterations or stop_signal is not None
         if last or now - save_time > 60:  # seconds between two checkpoints
             save_time = now

@@ -4,7 +4,7 @@
     python ppo_atari.py --env-id ALE/Pong-v5                 # Pong: reaches a return of 18 in about an hour
     python ppo_atari.py --resume runs/RUN                    # continue a stopped run
     python ppo_atari.py --evaluate runs/RUN --capture-video  # play games and film the first
-    torchrun --standalone --nproc-per-node 2 ppo_atari.py    # train one agent in two processes, e.g. on two GPUs
+    torchrun --standalone --nproc-per-node 2 ppo_atari.py    # one agent in two processes; on GPUs with --device cuda
     tensorboard --logdir runs  # learning curves
 
 Papers: PPO (Schulman et al., 2017, arXiv:1707.06347), GAE (Schulman et al., 2016, arXiv:1506.02438) and the
@@ -47,10 +47,10 @@ class UsageError(Exception):
 @dataclass
 class Args:
     env_id: str = "ALE/Breakout-v5"  # the game; `ALE/Breakout-v5` and `BreakoutNoFrameskip-v4` mean the same here
-    env_kwargs: tuple[str, ...] = ()  # arguments of AtariVectorEnv, e.g. `full_action_space=True noop_max=0`
+    env_kwargs: tuple[str, ...] = ()  # arguments of AtariVectorEnv that the script does not set, e.g. `noop_max=0`
     sticky_actions: bool = False  # repeat the last action with probability 0.25 in each frame (Machado et al., 2018)
     exp_name: str = Path(__file__).stem  # part of the run's name: runs/<env_id>__<exp_name>__<seed>__<unix time>
-    seed: int = 1  # seed of all random numbers; on one machine's CPU, the same seed gives the same results to the bit
+    seed: int = 1  # seed of all random numbers; on one machine's CPU, the same seed gives bitwise identical results
     total_timesteps: int = 10_000_000  # steps to train for, over all environments; rounded up to whole iterations
     num_envs: int = 8  # number of environments stepped together, over all processes of torchrun
     num_steps: int = 128  # steps of each environment per iteration
@@ -62,12 +62,12 @@ class Args:
     update_epochs: int = 4  # epochs per iteration
     norm_adv: bool = True  # normalize advantages in each minibatch
     clip_coef: float = 0.1  # clip range of the probability ratio
-    clip_vloss: bool = True  # limit the change of each value in the value loss to clip_coef
+    clip_vloss: bool = True  # clip the value loss, with the range clip_coef
     ent_coef: float = 0.01  # coefficient of the entropy bonus
     vf_coef: float = 0.5  # coefficient of the value loss
     max_grad_norm: float = 0.5  # a gradient with a larger norm is scaled down to this norm
     target_kl: float | None = None  # stop the epochs when the approximate KL divergence exceeds this
-    device: str = "cpu"  # device of the network and the rollout: `cpu`, `cuda`, `cuda:1`, ...
+    device: str = "cpu"  # device for training: `cpu`, `cuda`, ...; with torchrun, `cuda` is one GPU per process
     bfloat16: bool = True  # compute all but the two heads in bfloat16, if the device has it in hardware
     compile: bool = False  # compile the gradient step with torch.compile; needs a C++ compiler
     capture_video: bool = False  # film the first game of each evaluation into RUN/videos/
@@ -84,7 +84,7 @@ class Args:
         if not (0 <= self.seed < 2**32 and 0 <= self.gamma <= 1 and 0 <= self.gae_lambda <= 1):
             raise UsageError("--seed must be between 0 and 2**32 - 1, --gamma and --gae-lambda between 0 and 1")
         if (n := self.num_envs * self.num_steps) % self.num_minibatches or n == self.num_minibatches:
-            raise UsageError("--num-minibatches must divide num_envs * num_steps, into 2 samples or more")
+            raise UsageError("--num-minibatches must divide num_envs * num_steps into minibatches of 2 samples or more")
         if not all("=" in text for text in self.env_kwargs):
             raise UsageError("--env-kwargs takes name=value")
 
@@ -143,7 +143,7 @@ class Agent(nn.Module):
         )
         num_features = convolutions(torch.zeros(1, stack, height, width)).shape[1]  # 3136 for 84x84
         self.trunk = nn.Sequential(*convolutions, layer_init(nn.Linear(num_features, 512)), nn.ReLU(inplace=True))
-        self.actor = layer_init(nn.Linear(512, self.num_actions), std=0.01)  # at first, all about equally likely
+        self.actor = layer_init(nn.Linear(512, self.num_actions), std=0.01)  # at first, about equal probabilities
         self.critic = layer_init(nn.Linear(512, 1), std=1.0)
 
     def features(self, observations: torch.Tensor) -> torch.Tensor:
@@ -200,7 +200,7 @@ def train(args: Args) -> Path:
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         device_name = args.device.replace("cuda", f"cuda:{os.environ['LOCAL_RANK']}")
         if args.num_envs % world_size or args.num_steps * args.num_envs // world_size % args.num_minibatches:
-            raise UsageError(f"--num-envs and the minibatches must divide among {world_size} processes")
+            raise UsageError(f"--num-envs does not split evenly over {world_size} processes and their minibatches")
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
     T, N, batch_size = args.num_steps, args.num_envs // world_size, args.num_steps * args.num_envs
     num_iterations = math.ceil(args.total_timesteps / batch_size)
@@ -394,7 +394,7 @@ def train(args: Args) -> Path:
         if not math.isfinite(metrics["losses/grad_norm"]):
             progress.close()
             writer.close()
-            raise UsageError(f"NaN or infinite gradient before step {global_step:,}; an earlier checkpoint is kept")
+            raise UsageError(f"NaN or infinite gradient before step {global_step:,}; any earlier checkpoint is kept")
         if last or now - save_time > 60:  # seconds between two checkpoints
             save_time = now
             writer.flush()

@@ -9,7 +9,7 @@
 Differs from ppo.py in the networks, which have an LSTM each. Its state is zero where an episode begins (details 33
 and 34). A minibatch holds all steps of some environments in order (detail 35), and learning rebuilds the states from
 the one at the start of the rollout (detail 36). Where an episode is truncated, the value of the true last observation
-is computed in the rollout, with the state that the critic has at that time.
+is computed in the rollout, with the state that the critic has at that time. Rewards are scaled by 1 - gamma.
 
 Papers: PPO (Schulman et al., 2017, arXiv:1707.06347) and GAE (Schulman et al., 2016, arXiv:1506.02438).
 "Detail n" is the n-th of The 37 Implementation Details of PPO (Huang et al., ICLR blog track, 2022).
@@ -48,7 +48,7 @@ class Args:
     env_kwargs: tuple[str, ...] = ()  # arguments of the environment, e.g. `is_slippery=False map_name=8x8`
     observe: tuple[int, ...] = ()  # components of the observation to keep, e.g. `0 2`; all if none is given
     exp_name: str = Path(__file__).stem  # part of the run's name: runs/<env_id>__<exp_name>__<seed>__<unix time>
-    seed: int = 1  # seed of all random numbers; on one machine's CPU, the same seed gives the same results to the bit
+    seed: int = 1  # seed of all random numbers; on one machine's CPU, the same seed gives bitwise identical results
     total_timesteps: int = 500_000  # steps to train for, over all environments; rounded up to whole iterations
     num_envs: int = 16  # number of environments stepped together
     num_steps: int = 128  # steps of each environment per iteration
@@ -60,7 +60,7 @@ class Args:
     update_epochs: int = 10  # epochs per iteration
     norm_adv: bool = True  # normalize advantages in each minibatch
     clip_coef: float = 0.2  # clip range of the probability ratio
-    clip_vloss: bool = False  # limit the change of each value in the value loss to clip_coef
+    clip_vloss: bool = False  # clip the value loss, with the range clip_coef
     ent_coef: float = 0.0  # coefficient of the entropy bonus
     vf_coef: float = 0.5  # coefficient of the value loss
     max_grad_norm: float = 0.5  # a gradient with a larger norm is scaled down to this norm
@@ -81,7 +81,7 @@ class Args:
         if not (0 <= self.seed < 2**32 and 0 <= self.gamma <= 1 and 0 <= self.gae_lambda <= 1):
             raise UsageError("--seed must be between 0 and 2**32 - 1, --gamma and --gae-lambda between 0 and 1")
         if self.num_envs % self.num_minibatches or self.num_envs * self.num_steps == self.num_minibatches:
-            raise UsageError("--num-minibatches must divide num_envs, into 2 samples or more")
+            raise UsageError("--num-minibatches must divide num_envs, and a minibatch needs 2 samples or more")
         if not all("=" in text for text in self.env_kwargs):
             raise UsageError("--env-kwargs takes name=value")
 
@@ -108,7 +108,7 @@ def make_envs(args: Args, num_envs: int, video: dict | None = None) -> gym.vecto
             hint = "use ppo_continuous_action.py" if isinstance(env.action_space, Box) else "only Discrete is supported"
             raise UsageError(f"{args.env_id} has the action space {env.action_space}: {hint}")
         if isinstance(space, Box) and space.dtype == np.uint8 and len(space.shape) > 1:
-            raise UsageError(f"{args.env_id} has images as observations: for Atari, use ppo_atari.py")
+            raise UsageError(f"{args.env_id} has images as observations: use ppo_atari.py or see docs/forks.md")
         if isinstance(space, Dict):  # leave out other entries, such as MiniGrid's mission
             kinds = (Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple)
             names = [name for name in space if isinstance(space[name], kinds)]
@@ -391,7 +391,7 @@ def train(args: Args) -> Path:
         if not math.isfinite(metrics["losses/grad_norm"]):
             progress.close()
             writer.close()
-            raise UsageError(f"NaN or infinite gradient before step {global_step:,}; an earlier checkpoint is kept")
+            raise UsageError(f"NaN or infinite gradient before step {global_step:,}; any earlier checkpoint is kept")
         last = iteration + 1 == num_iterations or stop_signal is not None
         if last or now - save_time > 60:  # seconds between two checkpoints
             save_time = now

@@ -76,8 +76,8 @@ class Args:
     n_trials: int = 50  # number of trials in the study, including those of earlier calls and of other workers
     seeds: tuple[int, ...] = (1, 2, 3)  # seeds that each trial trains with
     n_jobs: int = 1  # number of trials run side by side, each on one thread
-    space: tuple[str, ...] = ()  # NAME=log:LOW:HIGH, float:LOW:HIGH, int:LOW:HIGH, choice:A,B,C or NAME of SPACE alone
-    confirm: int = 5  # new seeds on which the best trial is compared with the defaults, at least 4; 0 for none
+    space: tuple[str, ...] = ()  # flags to tune, e.g. `learning_rate=log:1e-4:1e-2 gamma`; all of SPACE if not given
+    confirm: int = 5  # number of new seeds to compare the best trial with the defaults on, at least 4; 0 for none
     study: str | None = None  # name of the study and of its folder in runs/; <script>__<environments> if not given
     storage: str = "sqlite:///runs/optuna.db"  # URL of the database; workers that share it work on the same study
     report: str | None = None  # write the report on this study and run nothing
@@ -383,8 +383,8 @@ def open_study(args: Args, script: Script, tasks: list[Task], space: dict) -> op
     if theirs == made_with:
         return study
     if any(tally(study)):
-        different = " and ".join(key for key in made_with if made_with[key] != theirs.get(key))
-        raise UsageError(f"the study {name} was made with other {different}: use another --study")
+        different = ", ".join(key for key in made_with if made_with[key] != theirs.get(key))
+        raise UsageError(f"the study {name} differs in {different}: use another --study")
     if study.get_trials(deepcopy=False):  # all interrupted, or failed at once
         optuna.delete_study(study_name=name, storage=options["storage"])
         study = optuna.create_study(**options)

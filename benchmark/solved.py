@@ -2,8 +2,9 @@
 
     python benchmark/solved.py
 
-Solved means a mean return of 475 over 100 episodes. The commands run alternately, one at a time; nothing else should.
-Imports count, and the cache of torch.compile is warm. Results: benchmark/results/solved.{md,png}.
+Solved means a mean return of 475 over 100 episodes. The commands run alternately, one at a time, on an
+otherwise idle machine. Imports count, and the cache of torch.compile is warm.
+Results: benchmark/results/solved.{md,png}.
 
 Requirements: pip install -r requirements.txt -r benchmark/requirements.txt
 """

@@ -211,7 +211,7 @@ def test_benchmark_command(clone, command):
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_code(clone, short_run, code):
     """The Python examples, as scripts beside the others."""
-    script = "ppo_lstm.py" if "from ppo_lstm" in code else "ppo.py"
+    script = re.search(r"from (ppo\w*)", code)[1] + ".py"
     run(clone, [sys.executable, "-c", code.replace("RUN", short_run(script))])
 
 
