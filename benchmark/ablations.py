@@ -76,8 +76,8 @@ def write_results(values: dict[str, dict[str, list[float]]], machines: list[str]
     with open(learning.RESULTS / "ablations.csv", "w", newline="") as file:
         rows = [[result, name, *x] for result, variants in values.items() for name, x in variants.items()]
         csv.writer(file, lineterminator="\n").writerows([["result", "variant", *range(1, 11)], *rows])
-    figure = Figure(figsize=(5 * len(values), 5), layout="constrained")
-    for panel, (result, x) in zip(figure.subplots(1, len(values), squeeze=False)[0], values.items(), strict=True):
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    for panel, (result, x) in zip(figure.subplots(2, 2).flat, values.items(), strict=False):
         panel.axvspan(min(x["default"]), max(x["default"]), color="tab:blue", alpha=0.2, linewidth=0)
         for row, points in enumerate(x.values()):
             panel.plot(points, [row] * len(points), ".", color="tab:orange" if row else "tab:blue")
