@@ -62,7 +62,7 @@ class Args:
     device: str = "cpu"  # device for training: `cpu` (faster for networks this small), `cuda`, `cuda:1`, ...
     compile: bool = False  # compile the gradient step with torch.compile; needs a C++ compiler
     async_envs: bool = False  # step each environment in its own process; pays off if a step takes over 0.2 ms
-    capture_video: bool = False  # film episodes 0, 1, 8, 27, ..., 1000, 2000, ... of environment 0 to RUN/videos/
+    capture_video: bool = False  # film episodes 0, 1, 8, 27, ..., 1000, 2000, ... and the first of each evaluation
     eval_episodes: int = 10  # number of greedy episodes played after training and by `--evaluate`
     resume: str | None = None  # resume this run, e.g. `runs/RUN`; a larger `--total-timesteps` extends it
     evaluate: str | None = None  # evaluate the policy of this run, e.g. `runs/RUN`, instead of training

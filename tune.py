@@ -76,7 +76,7 @@ class Args:
     n_trials: int = 50  # number of trials in the study, including those of earlier calls and of other workers
     seeds: tuple[int, ...] = (1, 2, 3)  # seeds that each trial trains with
     n_jobs: int = 1  # number of trials run side by side, each on one thread
-    space: tuple[str, ...] = ()  # flags to tune, e.g. `learning_rate=log:1e-4:1e-2 gamma`; all of SPACE if not given
+    space: tuple[str, ...] = ()  # flags to tune, e.g. `gamma clip_coef=float:0.1:0.3 n=int:1:8`; see docs/tune.md
     confirm: int = 5  # number of new seeds to compare the best trial with the defaults on, at least 4; 0 for none
     study: str | None = None  # name of the study and of its folder in runs/; <script>__<environments> if not given
     storage: str = "sqlite:///runs/optuna.db"  # URL of the database; workers that share it work on the same study
