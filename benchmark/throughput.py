@@ -4,6 +4,7 @@
     python benchmark/throughput.py --scenario ppo_atari --repeats 3 --total-timesteps 10240 --name throughput_atari
     python benchmark/throughput.py --scenario ppo_continuous_action --name throughput_continuous_action
     python benchmark/throughput.py --scenario ppo_lstm --name throughput_lstm  # against sb3-contrib's RecurrentPPO
+    python benchmark/throughput.py --cleanrl ../cleanrl  # also CleanRL: a clone, with its requirements in .venv
 
 Each measurement runs in its own process. All are taken once in each round, one after the other, and ratios are
 those of the same round, so that slow changes of the machine's speed cancel. The script runs as usual, with
@@ -60,6 +61,12 @@ class Scenario:
         run = f"--total-timesteps {total_timesteps} --seed {seed} --eval-episodes 1"
         return shlex.split(f"{COMMON_FLAGS} {self.flags} {sizes} {run} {variant}")
 
+    def cleanrl_arguments(self, total_timesteps: int, seed: int) -> list[str]:
+        """The same arguments for CleanRL, whose gymnasium has earlier versions of the environments."""
+        earlier = {"ALE/Breakout-v5": "ale_py:BreakoutNoFrameskip-v4", "HalfCheetah-v5": "HalfCheetah-v4"}
+        *arguments, _, _ = self.arguments("", self.num_envs, total_timesteps, seed)  # without --eval-episodes
+        return [earlier.get(argument, argument) for argument in arguments]
+
 
 SCENARIOS = {
     "ppo": Scenario(
@@ -113,6 +120,7 @@ class Args:
     repeats: int = 5  # number of rounds
     total_timesteps: int = 100_000  # steps of each run; more with many environments, see Scenario.more_iterations
     more_envs: tuple[int, ...] | None = None  # further numbers of environments; by default those of the scenario
+    cleanrl: Path | None = None  # clone of CleanRL to measure as well, with its requirements installed in .venv
     name: str = "throughput"  # name of the result, benchmark/results/<name>.md
 
 
@@ -260,6 +268,11 @@ def measure_all(args: Args, scenario: Scenario, cache_dir: str) -> dict[str | tu
             commands[variant, num_envs] = [*script, *scenario.arguments(variant, num_envs, args.total_timesteps, seed)]
         for name in ("sb3", "envs", *scenario.dtypes):  # next to the runs that they are compared with
             commands[name] = [*worker, name, str(args.total_timesteps), str(seed)]
+        if args.cleanrl is not None:
+            folder = args.cleanrl.resolve()
+            python = ["env", f"PYTHONPATH={folder}", f"{folder}/.venv/bin/python"]
+            cleanrl_arguments = scenario.cleanrl_arguments(args.total_timesteps, seed)
+            commands["cleanrl"] = [*python, f"{folder}/cleanrl/{args.scenario}.py", *cleanrl_arguments]
         for num_envs in scenario.more_envs:
             total_timesteps = max(args.total_timesteps, scenario.more_iterations * num_envs * scenario.num_steps)
             for variant in scenario.more_variants:
@@ -282,6 +295,8 @@ def make_report(args: Args, scenario: Scenario, results: dict[str | tuple[str, i
     names = {variant: f"`{f'{args.scenario}.py {variant}'.strip()}`" for variant in scenario.variants}
     labels = {(variant, scenario.num_envs): name for variant, name in names.items()}
     labels |= {"sb3": f"Stable-Baselines3 {version('stable-baselines3')}", "envs": "the limit"}
+    if args.cleanrl is not None:
+        labels["cleanrl"] = "CleanRL"
     for dtype in scenario.dtypes:
         rate = statistics.median(x["flops"] for x in results[dtype]) / 1e9
         labels[dtype] = f"the network's arithmetic alone, {dtype}, at {rate:,.0f} GFLOP/s"
