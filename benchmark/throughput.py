@@ -4,7 +4,7 @@
     python benchmark/throughput.py --scenario ppo_atari --repeats 3 --total-timesteps 10240 --name throughput_atari
     python benchmark/throughput.py --scenario ppo_continuous_action --name throughput_continuous_action
     python benchmark/throughput.py --scenario ppo_lstm --name throughput_lstm  # against sb3-contrib's RecurrentPPO
-    python benchmark/throughput.py --cleanrl ../cleanrl  # also CleanRL: a clone, with its requirements in .venv
+    python benchmark/throughput.py --cleanrl ../cleanrl  # also CleanRL: a clone with its requirements in .venv
 
 Each measurement runs in its own process. All are taken once in each round, one after the other, and ratios are
 those of the same round, so that slow changes of the machine's speed cancel. The script runs as usual, with
@@ -294,9 +294,10 @@ def make_report(args: Args, scenario: Scenario, results: dict[str | tuple[str, i
     speeds = {key: [x["steps_per_second"] for x in xs] for key, xs in results.items() if key != "help"}
     names = {variant: f"`{f'{args.scenario}.py {variant}'.strip()}`" for variant in scenario.variants}
     labels = {(variant, scenario.num_envs): name for variant, name in names.items()}
-    labels |= {"sb3": f"Stable-Baselines3 {version('stable-baselines3')}", "envs": "the limit"}
+    labels["sb3"] = f"Stable-Baselines3 {version('stable-baselines3')}"
     if args.cleanrl is not None:
         labels["cleanrl"] = "CleanRL"
+    labels["envs"] = "the limit"
     for dtype in scenario.dtypes:
         rate = statistics.median(x["flops"] for x in results[dtype]) / 1e9
         labels[dtype] = f"the network's arithmetic alone, {dtype}, at {rate:,.0f} GFLOP/s"
