@@ -1,7 +1,7 @@
 """Check that results still hold: does each script compute the same bits as at the commit of its result?
 
     python benchmark/same_bits.py cartpole lunarlander
-    PYTHONPATH=benchmark:tests python benchmark/same_bits.py  # all results of learning.py; needs pip install minigrid
+    PYTHONPATH=benchmark:tests python benchmark/same_bits.py  # all results; needs tests/requirements-forks.txt
 
 Both versions train for three iterations with the flags and the first seed of the result, in each of its environments.
 Exits with code 1 if any weight differs. Requirements: pip install -r requirements.txt -r benchmark/requirements.txt
