@@ -229,9 +229,10 @@ def train(args: Args) -> Path:
             run_dir.mkdir(parents=True)
     envs = make_envs(args, N)
     agent = Agent(envs, bfloat16).to(device)
-    learning_rate = torch.tensor(args.learning_rate) if args.compile else args.learning_rate  # a float would recompile
+    learning_rate = to_device(args.learning_rate) if args.compile else args.learning_rate  # a float would recompile
     parameters = list(agent.parameters())
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate, eps=1e-5, fused=not args.compile)  # detail 3
+    options = {"capturable": device.type == "cuda", "foreach": False} if args.compile else {"fused": True}
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate, eps=1e-5, **options)  # detail 3
     initial_learning_rates = [group["lr"] for group in optimizer.param_groups]
     global_step = load_checkpoint(run_dir, agent, optimizer)["global_step"] if args.resume else 0
     if rank > 0:  # other actions and minibatches in each process
@@ -261,7 +262,8 @@ def train(args: Args) -> Path:
             for gradient in [parameter.grad for parameter in parameters if parameter.grad is not None]:
                 dist.all_reduce(gradient)
                 gradient /= world_size
-        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)  # detail 11
+        # Detail 11. On a GPU, torch 2.11 fails to compile clipping of all parameters at once (foreach).
+        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm, foreach=False)
         with torch.no_grad():
             metrics = {
                 "losses/policy_loss": policy_loss.detach(),
@@ -274,11 +276,19 @@ def train(args: Args) -> Path:
         optimizer.step()
         return metrics
 
+    def act(observations, noise) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features [N, 512] of observations [N, height, width, stack], and the actions [N]."""
+        features = agent.features(observations)
+        return features, agent.act(features, noise)
+
     if args.compile:
         if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
             raise UsageError("--compile needs a C++ compiler")
         torch._dynamo.config.trace_autograd_ops = True  # compile backward() as well
-        update = torch.compile(update)
+        if device.type == "cuda" and world_size == 1:  # as CUDA graphs, which launch all kernels of a function at once
+            act, update = (torch.compile(function, mode="reduce-overhead") for function in (act, update))
+        else:
+            update = torch.compile(update)
 
     # The rollout. observations[t + 1] is what followed observations[t], unless a game ended there. Frames are stored
     # as uint8 and channels last, the faster layout for convolutions.
@@ -319,8 +329,7 @@ def train(args: Args) -> Path:
         # The outer autocast computes nothing; it keeps the weights that the inner one has converted to bfloat16.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             for t in range(T):
-                features[t] = agent.features(observations[t])
-                actions[t] = agent.act(features[t], noise[t])
+                features[t], actions[t] = act(observations[t], noise[t])
                 frame_numbers = infos["episode_frame_number"]
                 frames, reward, terminations[t], truncations[t], infos = envs.step(actions[t].cpu().numpy())
                 observations[t + 1] = to_device(frames).permute(0, 2, 3, 1)
@@ -355,7 +364,8 @@ def train(args: Args) -> Path:
         updates = []
         for _ in range(args.update_epochs):
             for indices in torch.randperm(T * N).to(device).split(T * N // args.num_minibatches):
-                updates.append(update(*(x.index_select(0, indices) for x in batch)))
+                metrics = update(*(x.index_select(0, indices) for x in batch))
+                updates.append({name: value.clone() for name, value in metrics.items()})  # CUDA graphs reuse memory
             if args.target_kl is not None:
                 approx_kl = updates[-1]["losses/approx_kl"].clone()
                 if world_size > 1:
@@ -449,9 +459,8 @@ def load_checkpoint(run: str | Path, agent: Agent | None = None, optimizer: torc
         if agent is not None:
             agent.load_state_dict(checkpoint["agent"])
         if optimizer is not None:
-            param_groups = [dict(group) for group in optimizer.param_groups]
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            optimizer.param_groups[:] = param_groups  # keep this process's options: they depend on --compile
+            param_groups = optimizer.state_dict()["param_groups"]  # options depend on --device and --compile: kept
+            optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": param_groups})
             torch.set_rng_state(checkpoint["rng_state"])
     except Exception as error:  # a damaged file can raise almost any exception
         raise UsageError(f"cannot load {path}: {' '.join(str(error).split())[:200]}") from error

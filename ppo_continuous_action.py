@@ -450,9 +450,8 @@ def load_checkpoint(run: str | Path, agent: Agent | None = None, optimizer: torc
         if agent is not None:
             agent.load_state_dict(checkpoint["agent"])
         if optimizer is not None:
-            param_groups = [dict(group) for group in optimizer.param_groups]
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            optimizer.param_groups[:] = param_groups  # keep this process's options: they depend on --compile
+            param_groups = optimizer.state_dict()["param_groups"]  # options depend on --device and --compile: kept
+            optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": param_groups})
             torch.set_rng_state(checkpoint["rng_state"])
     except Exception as error:  # a damaged file can raise almost any exception
         raise UsageError(f"cannot load {path}: {' '.join(str(error).split())[:200]}") from error
