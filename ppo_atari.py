@@ -459,8 +459,9 @@ def load_checkpoint(run: str | Path, agent: Agent | None = None, optimizer: torc
         if agent is not None:
             agent.load_state_dict(checkpoint["agent"])
         if optimizer is not None:
-            param_groups = optimizer.state_dict()["param_groups"]  # options depend on --device and --compile: kept
-            optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": param_groups})
+            for saved, group in zip(checkpoint["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
+                saved |= {name: group[name] for name in group if name != "params"}  # the options of this process
+            optimizer.load_state_dict(checkpoint["optimizer"])
             torch.set_rng_state(checkpoint["rng_state"])
     except Exception as error:  # a damaged file can raise almost any exception
         raise UsageError(f"cannot load {path}: {' '.join(str(error).split())[:200]}") from error
