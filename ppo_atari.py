@@ -69,7 +69,7 @@ class Args:
     target_kl: float | None = None  # stop the epochs when the approximate KL divergence exceeds this
     device: str = "cpu"  # device for training: `cpu`, `cuda`, ...; with torchrun, `cuda` is one GPU per process
     bfloat16: bool = True  # compute all but the two heads in bfloat16, if the device has it in hardware
-    compile: bool = False  # compile the gradient step with torch.compile; needs a C++ compiler
+    compile: bool = False  # torch.compile of the gradient step, on a GPU of acting as well; needs a C++ compiler
     capture_video: bool = False  # film the first game of each evaluation into RUN/videos/
     eval_episodes: int = 10  # number of games played after training and by `--evaluate`
     resume: str | None = None  # resume this run, e.g. `runs/RUN`; a larger `--total-timesteps` extends it
