@@ -18,6 +18,7 @@
     python ppo.py --evaluate runs/RUN --capture-video  # film greedy episodes
     tensorboard --logdir runs                          # learning curves
 
+In a notebook or debugger: `from ppo import Args, train; train(Args(total_timesteps=10_000))`.
 PPO ends with train(). Below it: errors, spaces, checkpoints, evaluation and the command line.
 
     T, N       num_steps and num_envs: steps of each environment per iteration, environments
@@ -121,16 +122,18 @@ class Environment(gym.Wrapper):
 
     def __init__(self, env):
         super().__init__(env)
-        self.space = flattenable(env.observation_space)
+        self.space = flattenable_part(env.observation_space)
         if self.space is None or (self.space.dtype == np.uint8 and len(self.space.shape) > 1):
             error = f"observations cannot be flattened to vectors: {env.observation_space}"
             raise UsageError(f"{error}; for images, see docs/forks.md")
-        self.observation_space = spaces.Box(-np.inf, np.inf, (spaces.flatdim(self.space),))
+        shape = (spaces.flatdim(self.space),)
+        self.observation_space = spaces.Box(-np.inf, np.inf, shape, dtype=np.float32)
 
     def vector(self, observation):
         if not isinstance(self.space, spaces.Box):
             observation = spaces.flatten(self.space, observation)
-        return np.asarray(observation, np.float32).reshape(self.observation_space.shape)
+        space = self.observation_space
+        return np.asarray(observation, space.dtype).reshape(space.shape)
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:  # for environments that draw from the global generators
@@ -157,7 +160,7 @@ def make_envs(args, num_envs, render_mode=None, video_folder=None):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         film = video_folder and index == 0
         env = make_gym_env(args, "rgb_array" if film else render_mode)
-        # A fork adds its wrappers here.
+        # A fork adds its wrappers here. Rewards and returns are those of the outermost one.
         space = env.action_space
         if not isinstance(space, spaces.Discrete):
             raise UsageError(f"{space} is not Discrete; Box is for ppo_continuous_action.py")
@@ -321,12 +324,13 @@ def train(args):
     if args.resume:
         checkpoint = load_checkpoint(run_dir)
         agent.load_state_dict(checkpoint["agent"])
-        # Only Adam's moments: the options that were saved beside them may be others now.
+        # Only Adam's moments: the learning rate and the other options are those of this command.
         state = {"state": checkpoint["optimizer"]["state"]}
         optimizer.load_state_dict(optimizer.state_dict() | state)
         torch.set_rng_state(checkpoint["rng_state"])
         global_step = checkpoint["global_step"]
 
+    # ------------------------------------------------------------------ set-up: the gradient step
     def update(minibatch):
         """Take one gradient step. Returns metrics."""
         optimizer.zero_grad()
@@ -342,8 +346,11 @@ def train(args):
 
     # ------------------------------------------------------------------------ set-up: the rollout
     # next_observations[t] is what followed observations[t]. At the end of an episode it is the true
-    # last observation, and observations[t + 1] is the first one of the next episode.
-    observations = np.zeros((T, N, *envs.single_observation_space.shape), np.float32)
+    # last observation, and observations[t + 1] is the first one of the next episode. The arrays are
+    # NumPy's, as are those of the environments; for an environment in torch they would be tensors,
+    # here and in compute_gae().
+    space = envs.single_observation_space
+    observations = np.zeros((T, N, *space.shape), space.dtype)
     next_observations = np.zeros_like(observations)
     actions = np.zeros((T, N), np.int64)
     rewards = np.zeros((T, N), np.float32)
@@ -355,7 +362,7 @@ def train(args):
     observation, _ = envs.reset(seed=make_seed("training", args.seed, global_step))
 
     # ----------------------------------------------------------------------------- set-up: logging
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # hides what a kill left behind
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # hides steps after the checkpoint
     flags = [f"    {name}: {value}" for name, value in vars(args).items()]
     writer.add_text("hyperparameters", "\n".join(flags))
     total_steps = num_iterations * batch_size
@@ -365,7 +372,7 @@ def train(args):
     iteration_start = time.monotonic()
     last_save = last_print = -math.inf
 
-    with StopSignals() as stop, writer, closing(envs):
+    with StopSignals() as stop, writer, closing_envs(envs):
         for iteration in range(global_step // batch_size, num_iterations):
             # --------------------------------- (a) roll out: num_steps steps in every environment
             finished_returns, finished_lengths = [], []
@@ -385,10 +392,11 @@ def train(args):
                     observation, _ = envs.reset(options={"reset_mask": ended})
 
             # -------------------------------------------------------------------- (b) advantages
+            # An intrinsic reward would be added to `rewards` here; returns are logged without it.
             batch = {"observations": to_device(observations), "actions": to_device(actions)}
             with torch.no_grad():
-                # The weights have not changed since acting, so that one pass over the rollout gives
-                # the log-probabilities with which the actions were sampled.
+                # The weights are still those of acting, so that one pass over the rollout gives the
+                # log-probabilities with which the actions were sampled.
                 batch["old_logprobs"], _, batch["old_values"] = agent.evaluate_actions(batch)
                 next_values = agent.value(to_device(next_observations))
             advantages = compute_gae(
@@ -422,8 +430,8 @@ def train(args):
             metrics = {}
             for name in updates[0]:
                 metrics[name] = torch.stack([values[name] for values in updates]).mean().item()
-            last_observations = next_observations[~terminations]  # terminal ones are not used
-            check_finite(global_step, observations, last_observations, rewards, metrics)
+            bootstrapped = next_observations[~terminations]  # the value of the others is not used
+            check_finite(global_step, observations, bootstrapped, rewards, metrics)
             unexplained = batch["advantages"].var() / batch["returns"].var()
             metrics["losses/explained_variance"] = 1 - unexplained.item()
             metrics["charts/learning_rate"] = fraction * args.learning_rate
@@ -442,7 +450,7 @@ def train(args):
                 last_save = now
                 writer.flush()
                 save_checkpoint(run_dir, args, agent, optimizer, global_step)
-            if now - last_print > 2 or global_step == total_steps:
+            if now - last_print > 2 or global_step >= total_steps:
                 last_print = now
                 speed = f"{metrics['charts/SPS']:,.0f} steps/s"
                 recent_return = np.mean(recent_returns) if recent_returns else math.nan
@@ -487,16 +495,16 @@ class StopSignals:
         # print() is not safe here, it may have been interrupted itself.
         os.write(2, b"\nstopping after this iteration; a second signal stops at once\n")
 
-    def __exit__(self, error_type, error, traceback):
+    def __exit__(self, error_type, error, error_traceback):
         for signum, handler in self.old_handlers.items():
             signal.signal(signum, handler)
-        # SIGTERM may have ended the processes of --async-envs: this error is then none.
+        # SIGTERM may have ended the processes of --async-envs as well; this error is expected then.
         return self.signum is not None and isinstance(error, (EOFError, OSError))
 
 
 @contextmanager
-def closing(envs):
-    """Close environments in the end. Their errors are only shown, hanging processes are ended."""
+def closing_envs(envs):
+    """Close environments in the end. Their errors are shown, and processes that hang are ended."""
     try:
         yield
     finally:
@@ -514,11 +522,11 @@ def get_device(name):
         raise UsageError(f"device {name}: {error}") from error
 
 
-def check_finite(step, observations, last_observations, rewards, metrics):
+def check_finite(step, observations, next_observations, rewards, metrics):
     """Raise UsageError if a number is NaN or infinite: what came first is named."""
     values = {
         "observation": observations,
-        "last observation": last_observations,
+        "next observation": next_observations,
         "reward": rewards,
         "loss": metrics["losses/policy_loss"] + metrics["losses/value_loss"],
         "gradient": metrics["losses/grad_norm"],
@@ -533,16 +541,16 @@ def print_once(message):
     print(message, flush=True)
 
 
-def flattenable(space):
-    """The space without the parts of a Dict that have no fixed length; None if that is all."""
+def flattenable_part(space):
+    """The space without those parts of a Dict that have no fixed length; None if none is left."""
     if isinstance(space, spaces.Dict):
-        parts = {name: flattenable(part) for name, part in space.items()}
+        parts = {name: flattenable_part(part) for name, part in space.items()}
         for name in [name for name in parts if parts[name] is None]:
             print_once(f"left out of the observations: {name}")
             del parts[name]
         return spaces.Dict(parts) if parts else None
     if isinstance(space, spaces.Tuple):
-        parts = [flattenable(part) for part in space]
+        parts = [flattenable_part(part) for part in space]
         return None if None in parts else spaces.Tuple(parts)
     numbers = (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)
     return space if isinstance(space, numbers) else None
@@ -562,14 +570,15 @@ def make_gym_env(args, render_mode):
     except (gym.error.Error, ModuleNotFoundError, TypeError) as error:
         if isinstance(error, TypeError) and "unexpected keyword" not in str(error):
             raise  # a fault of the environment's own
-        raise UsageError(f"cannot make {args.env_id}: {error} (Atari: ppo_atari.py)") from error
+        hint = " Atari games: ppo_atari.py" if isinstance(error, gym.error.UnregisteredEnv) else ""
+        raise UsageError(f"cannot make {args.env_id}: {error}{hint}") from error
     if env.render_mode != render_mode:
         raise UsageError(f"{args.env_id} cannot be rendered as {render_mode}")
     return env
 
 
 def make_seed(*parts):
-    """A seed that depends on all parts; vector environments take it and the following numbers."""
+    """A seed from all parts, below 2**30. Vector environments take it and the numbers after it."""
     return random.Random(repr(parts)).getrandbits(30)
 
 
@@ -632,7 +641,7 @@ def evaluate(args, run, max_steps=20_000):
     print(f"playing {args.eval_episodes} greedy episodes of {args.env_id}", flush=True)
     returns = np.zeros(args.eval_episodes)
     num_stopped = 0
-    with closing(envs):
+    with closing_envs(envs):
         for episode in range(args.eval_episodes):
             observation, _ = envs.reset(seed=make_seed("evaluation", args.seed, episode))
             for _ in range(max_steps):

@@ -323,12 +323,13 @@ def train(args):
     if args.resume:
         checkpoint = load_checkpoint(run_dir)
         agent.load_state_dict(checkpoint["agent"])
-        # Only Adam's moments: the options that were saved beside them may be others now.
+        # Only Adam's moments: the learning rate and the other options are those of this command.
         state = {"state": checkpoint["optimizer"]["state"]}
         optimizer.load_state_dict(optimizer.state_dict() | state)
         torch.set_rng_state(checkpoint["rng_state"])
         global_step = checkpoint["global_step"]
 
+    # ------------------------------------------------------------------ set-up: the gradient step
     def update(minibatch):
         """Take one gradient step. Returns metrics."""
         optimizer.zero_grad()
@@ -369,7 +370,7 @@ def train(args):
     observations[T] = to_device(frames).permute(0, 2, 3, 1)
 
     # ----------------------------------------------------------------------------- set-up: logging
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # hides what a kill left behind
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # hides steps after the checkpoint
     flags = [f"    {name}: {value}" for name, value in vars(args).items()]
     writer.add_text("hyperparameters", "\n".join(flags))
     total_steps = num_iterations * batch_size
@@ -404,10 +405,11 @@ def train(args):
                     final_frames.append(infos["final_obs"][truncations[t]])
 
             # -------------------------------------------------------------------- (b) advantages
+            # An intrinsic reward would be added to `rewards` here; returns are logged without it.
             batch = {"observations": observations[:T], "actions": actions, "features": features}
             with torch.no_grad():
-                # The weights have not changed since acting, so that one pass over the rollout gives
-                # the log-probabilities with which the actions were sampled.
+                # The weights are still those of acting, so that one pass over the rollout gives the
+                # log-probabilities with which the actions were sampled.
                 batch["old_logprobs"], _, batch["old_values"] = agent.evaluate_actions(batch)
                 last_values = agent.value(agent.features(observations[T]))
                 next_values = torch.cat([batch["old_values"][1:], last_values.unsqueeze(0)])
@@ -467,7 +469,7 @@ def train(args):
                 last_save = now
                 writer.flush()
                 save_checkpoint(run_dir, args, agent, optimizer, global_step)
-            if now - last_print > 2 or global_step == total_steps:
+            if now - last_print > 2 or global_step >= total_steps:
                 last_print = now
                 speed = f"{metrics['charts/SPS']:,.0f} steps/s"
                 recent_return = np.mean(recent_returns) if recent_returns else math.nan
@@ -512,10 +514,10 @@ class StopSignals:
         # print() is not safe here, it may have been interrupted itself.
         os.write(2, b"\nstopping after this iteration; a second signal stops at once\n")
 
-    def __exit__(self, error_type, error, traceback):
+    def __exit__(self, error_type, error, error_traceback):
         for signum, handler in self.old_handlers.items():
             signal.signal(signum, handler)
-        # SIGTERM may have ended the processes of --async-envs: this error is then none.
+        # SIGTERM may have ended the processes of --async-envs as well; this error is expected then.
         return self.signum is not None and isinstance(error, (EOFError, OSError))
 
 
@@ -540,7 +542,7 @@ def check_finite(step, rewards, metrics):
 
 
 def make_seed(*parts):
-    """A seed that depends on all parts; vector environments take it and the following numbers."""
+    """A seed from all parts, below 2**30. Vector environments take it and the numbers after it."""
     return random.Random(repr(parts)).getrandbits(30)
 
 

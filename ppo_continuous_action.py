@@ -3,7 +3,7 @@
 # dependencies = [
 #     "torch==2.13.0",
 #     "gymnasium[classic-control,box2d,mujoco]>=1.4,<1.5",
-#     "mujoco>=3.1,<4",
+#     "mujoco>=3.1,<3.16",
 #     "numpy>=2.0,<3",
 #     "tensorboard>=2.20,<3",
 #     "tyro>=1.0,<2",
@@ -125,16 +125,18 @@ class Environment(gym.Wrapper):
 
     def __init__(self, env):
         super().__init__(env)
-        self.space = flattenable(env.observation_space)
+        self.space = flattenable_part(env.observation_space)
         if self.space is None or (self.space.dtype == np.uint8 and len(self.space.shape) > 1):
             error = f"observations cannot be flattened to vectors: {env.observation_space}"
             raise UsageError(f"{error}; for images, see docs/forks.md")
-        self.observation_space = spaces.Box(-np.inf, np.inf, (spaces.flatdim(self.space),))
+        shape = (spaces.flatdim(self.space),)
+        self.observation_space = spaces.Box(-np.inf, np.inf, shape, dtype=np.float32)
 
     def vector(self, observation):
         if not isinstance(self.space, spaces.Box):
             observation = spaces.flatten(self.space, observation)
-        return np.asarray(observation, np.float32).reshape(self.observation_space.shape)
+        space = self.observation_space
+        return np.asarray(observation, space.dtype).reshape(space.shape)
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:  # for environments that draw from the global generators
@@ -163,11 +165,9 @@ def make_envs(args, num_envs, render_mode=None, video_folder=None):
         if film and "DISPLAY" not in os.environ:
             os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo then renders without a display
         env = make_gym_env(args, "rgb_array" if film else render_mode)
-        # A fork adds its wrappers here.
+        # A fork adds its wrappers here. Rewards and returns are those of the outermost one.
         if not isinstance(env.action_space, spaces.Box):
             raise UsageError(f"{env.action_space} is not a Box; Discrete is for ppo.py")
-        units = spaces.Box(-np.inf, np.inf, (math.prod(env.action_space.shape),))
-        env = gym.wrappers.TransformAction(env, partial(from_units, env.action_space), units)
         env = Environment(env)
         renderer = getattr(env.unwrapped, "mujoco_renderer", None)
         if film and renderer and renderer.camera_id == -1 and renderer.model.ncam:
@@ -180,18 +180,18 @@ def make_envs(args, num_envs, render_mode=None, video_folder=None):
 
 
 def from_units(space, u):
-    """The action of `space`, in its shape and dtype, for `u` in units of its range, [num_actions].
+    """Actions in the shape and dtype of `space`, for `u` in units of its range, [N, num_actions].
 
-    A component has the value center + u * half range, clipped to its bounds (detail 27). With one
-    finite bound, the range is that of 2 beside it; with none, it is [-1, 1].
+    A component is center + u * half range, clipped to its bounds (detail 27). With only one bound,
+    the range is that of 2 beside it; with none, it is [-1, 1].
     """
     # A bound of 1e12 or more, such as the largest float32, is none.
     low = np.where(space.low > -1e12, space.low, np.where(space.high < 1e12, space.high - 2, -1.0))
     high = np.where(space.high < 1e12, space.high, low + 2)
-    action = (low + high) / 2 + u.reshape(space.shape) * (high - low) / 2
+    actions = (low + high) / 2 + u.reshape(-1, *space.shape) * (high - low) / 2
     if np.issubdtype(space.dtype, np.integer):
-        action = action.round()
-    return action.clip(space.low, space.high).astype(space.dtype)
+        actions = actions.round()
+    return actions.clip(space.low, space.high).astype(space.dtype)
 
 
 def layer_init(layer, std=2**0.5):
@@ -240,7 +240,7 @@ class Agent(nn.Module):
     def __init__(self, envs):
         super().__init__()
         num_inputs = envs.single_observation_space.shape[0]
-        num_actions = envs.single_action_space.shape[0]
+        num_actions = math.prod(envs.single_action_space.shape)
         self.observation_statistics = RunningStatistics(num_inputs)
         self.return_statistics = RunningStatistics()
         self.actor = mlp(num_inputs, num_actions, std=0.01)  # actions begin in the middle
@@ -375,12 +375,13 @@ def train(args):
     if args.resume:
         checkpoint = load_checkpoint(run_dir)
         agent.load_state_dict(checkpoint["agent"])
-        # Only Adam's moments: the options that were saved beside them may be others now.
+        # Only Adam's moments: the learning rate and the other options are those of this command.
         state = {"state": checkpoint["optimizer"]["state"]}
         optimizer.load_state_dict(optimizer.state_dict() | state)
         torch.set_rng_state(checkpoint["rng_state"])
         global_step = checkpoint["global_step"]
 
+    # ------------------------------------------------------------------ set-up: the gradient step
     def update(minibatch):
         """Take one gradient step. Returns metrics."""
         optimizer.zero_grad()
@@ -396,10 +397,14 @@ def train(args):
 
     # ------------------------------------------------------------------------ set-up: the rollout
     # next_observations[t] is what followed observations[t]. At the end of an episode it is the true
-    # last observation, and observations[t + 1] is the first one of the next episode.
-    observations = np.zeros((T, N, *envs.single_observation_space.shape), np.float32)
+    # last observation, and observations[t + 1] is the first one of the next episode. The arrays are
+    # NumPy's, as are those of the environments; for an environment in torch they would be tensors,
+    # here and in compute_gae().
+    space = envs.single_observation_space
+    observations = np.zeros((T, N, *space.shape), space.dtype)
     next_observations = np.zeros_like(observations)
-    actions = np.zeros((T, N, *envs.single_action_space.shape), np.float32)
+    action_space = envs.single_action_space
+    actions = np.zeros((T, N, math.prod(action_space.shape)), np.float32)  # in units of the range
     rewards = np.zeros((T, N), np.float32)
     terminations = np.zeros((T, N), bool)
     truncations = np.zeros((T, N), bool)
@@ -411,7 +416,7 @@ def train(args):
     observation, _ = envs.reset(seed=make_seed("training", args.seed, global_step))
 
     # ----------------------------------------------------------------------------- set-up: logging
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # hides what a kill left behind
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # hides steps after the checkpoint
     flags = [f"    {name}: {value}" for name, value in vars(args).items()]
     writer.add_text("hyperparameters", "\n".join(flags))
     total_steps = num_iterations * batch_size
@@ -421,7 +426,7 @@ def train(args):
     iteration_start = time.monotonic()
     last_save = last_print = -math.inf
 
-    with StopSignals() as stop, writer, closing(envs):
+    with StopSignals() as stop, writer, closing_envs(envs):
         for iteration in range(global_step // batch_size, num_iterations):
             # --------------------------------- (a) roll out: num_steps steps in every environment
             finished_returns, finished_lengths = [], []
@@ -429,7 +434,8 @@ def train(args):
                 observations[t] = observation
                 with torch.no_grad():
                     actions[t] = agent.act(to_device(observations[t])).cpu().numpy()
-                observation, rewards[t], terminations[t], truncations[t], _ = envs.step(actions[t])
+                step = envs.step(from_units(action_space, actions[t]))
+                observation, rewards[t], terminations[t], truncations[t], _ = step
                 next_observations[t] = observation
                 discounted_return = args.gamma * discounted_return + rewards[t]
                 discounted_returns[t] = discounted_return
@@ -443,10 +449,11 @@ def train(args):
                     observation, _ = envs.reset(options={"reset_mask": ended})
 
             # -------------------------------------------------------------------- (b) advantages
+            # An intrinsic reward would be added to `rewards` here; returns are logged without it.
             batch = {"observations": to_device(observations), "actions": to_device(actions)}
             with torch.no_grad():
-                # The weights have not changed since acting, so that one pass over the rollout gives
-                # the log-probabilities with which the actions were sampled.
+                # The weights are still those of acting, so that one pass over the rollout gives the
+                # log-probabilities with which the actions were sampled.
                 batch["old_logprobs"], _, _ = agent.evaluate_actions(batch)
                 # From here on, observations and rewards are normalized with this rollout's as well.
                 agent.observation_statistics.update(batch["observations"].flatten(0, 1))
@@ -485,8 +492,8 @@ def train(args):
             metrics = {}
             for name in updates[0]:
                 metrics[name] = torch.stack([values[name] for values in updates]).mean().item()
-            last_observations = next_observations[~terminations]  # terminal ones are not used
-            check_finite(global_step, observations, last_observations, rewards, metrics)
+            bootstrapped = next_observations[~terminations]  # the value of the others is not used
+            check_finite(global_step, observations, bootstrapped, rewards, metrics)
             unexplained = batch["advantages"].var() / batch["returns"].var()
             metrics["losses/explained_variance"] = 1 - unexplained.item()
             metrics["charts/learning_rate"] = fraction * args.learning_rate
@@ -505,7 +512,7 @@ def train(args):
                 last_save = now
                 writer.flush()
                 save_checkpoint(run_dir, args, agent, optimizer, global_step)
-            if now - last_print > 2 or global_step == total_steps:
+            if now - last_print > 2 or global_step >= total_steps:
                 last_print = now
                 speed = f"{metrics['charts/SPS']:,.0f} steps/s"
                 recent_return = np.mean(recent_returns) if recent_returns else math.nan
@@ -550,16 +557,16 @@ class StopSignals:
         # print() is not safe here, it may have been interrupted itself.
         os.write(2, b"\nstopping after this iteration; a second signal stops at once\n")
 
-    def __exit__(self, error_type, error, traceback):
+    def __exit__(self, error_type, error, error_traceback):
         for signum, handler in self.old_handlers.items():
             signal.signal(signum, handler)
-        # SIGTERM may have ended the processes of --async-envs: this error is then none.
+        # SIGTERM may have ended the processes of --async-envs as well; this error is expected then.
         return self.signum is not None and isinstance(error, (EOFError, OSError))
 
 
 @contextmanager
-def closing(envs):
-    """Close environments in the end. Their errors are only shown, hanging processes are ended."""
+def closing_envs(envs):
+    """Close environments in the end. Their errors are shown, and processes that hang are ended."""
     try:
         yield
     finally:
@@ -577,11 +584,11 @@ def get_device(name):
         raise UsageError(f"device {name}: {error}") from error
 
 
-def check_finite(step, observations, last_observations, rewards, metrics):
+def check_finite(step, observations, next_observations, rewards, metrics):
     """Raise UsageError if a number is NaN or infinite: what came first is named."""
     values = {
         "observation": observations,
-        "last observation": last_observations,
+        "next observation": next_observations,
         "reward": rewards,
         "loss": metrics["losses/policy_loss"] + metrics["losses/value_loss"],
         "gradient": metrics["losses/grad_norm"],
@@ -596,16 +603,16 @@ def print_once(message):
     print(message, flush=True)
 
 
-def flattenable(space):
-    """The space without the parts of a Dict that have no fixed length; None if that is all."""
+def flattenable_part(space):
+    """The space without those parts of a Dict that have no fixed length; None if none is left."""
     if isinstance(space, spaces.Dict):
-        parts = {name: flattenable(part) for name, part in space.items()}
+        parts = {name: flattenable_part(part) for name, part in space.items()}
         for name in [name for name in parts if parts[name] is None]:
             print_once(f"left out of the observations: {name}")
             del parts[name]
         return spaces.Dict(parts) if parts else None
     if isinstance(space, spaces.Tuple):
-        parts = [flattenable(part) for part in space]
+        parts = [flattenable_part(part) for part in space]
         return None if None in parts else spaces.Tuple(parts)
     numbers = (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)
     return space if isinstance(space, numbers) else None
@@ -625,14 +632,15 @@ def make_gym_env(args, render_mode):
     except (gym.error.Error, ModuleNotFoundError, TypeError) as error:
         if isinstance(error, TypeError) and "unexpected keyword" not in str(error):
             raise  # a fault of the environment's own
-        raise UsageError(f"cannot make {args.env_id}: {error} (Atari: ppo_atari.py)") from error
+        hint = " Atari games: ppo_atari.py" if isinstance(error, gym.error.UnregisteredEnv) else ""
+        raise UsageError(f"cannot make {args.env_id}: {error}{hint}") from error
     if env.render_mode != render_mode:
         raise UsageError(f"{args.env_id} cannot be rendered as {render_mode}")
     return env
 
 
 def make_seed(*parts):
-    """A seed that depends on all parts; vector environments take it and the following numbers."""
+    """A seed from all parts, below 2**30. Vector environments take it and the numbers after it."""
     return random.Random(repr(parts)).getrandbits(30)
 
 
@@ -695,12 +703,13 @@ def evaluate(args, run, max_steps=20_000):
     print(f"playing {args.eval_episodes} greedy episodes of {args.env_id}", flush=True)
     returns = np.zeros(args.eval_episodes)
     num_stopped = 0
-    with closing(envs):
+    with closing_envs(envs):
         for episode in range(args.eval_episodes):
             observation, _ = envs.reset(seed=make_seed("evaluation", args.seed, episode))
             for _ in range(max_steps):
                 with torch.no_grad():
                     action = agent.act(torch.as_tensor(observation), greedy=True).numpy()
+                action = from_units(envs.single_action_space, action)
                 observation, reward, termination, truncation, _ = envs.step(action)
                 returns[episode] += reward[0]
                 if termination[0] or truncation[0]:
