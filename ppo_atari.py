@@ -321,8 +321,7 @@ def train(args):
     )
     global_step = 0
     if args.resume:
-        checkpoint = load_checkpoint(run_dir)
-        agent.load_state_dict(checkpoint["agent"])
+        checkpoint = load_checkpoint(run_dir, agent)
         # Only Adam's moments: the learning rate and the other options are those of this command.
         state = {"state": checkpoint["optimizer"]["state"]}
         optimizer.load_state_dict(optimizer.state_dict() | state)
@@ -438,7 +437,9 @@ def train(args):
             for _ in range(args.update_epochs):
                 permutation = torch.randperm(batch_size).to(device)
                 for indices in permutation.split(batch_size // args.num_minibatches):
-                    values = update({name: x[indices] for name, x in batch.items()})
+                    # Of frames, index_select() takes a third of the time of x[indices].
+                    minibatch = {name: x.index_select(0, indices) for name, x in batch.items()}
+                    values = update(minibatch)
                     # A copy: CUDA graphs write into the same memory again.
                     updates.append({name: value.clone() for name, value in values.items()})
                 last_kl = updates[-1]["losses/approx_kl"]
@@ -573,24 +574,29 @@ def save_checkpoint(run_dir, args, agent, optimizer, global_step):
     os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
 
 
-def load_checkpoint(run):
-    """Load a run's checkpoint, e.g. of `runs/RUN`; its "args" are Args. Raises UsageError."""
+def load_checkpoint(run, agent=None):
+    """Load a run's checkpoint, e.g. of `runs/RUN`, and its weights into an agent, if one is given.
+
+    Its "args" are Args. Raises UsageError.
+    """
     path, maker = Path(run, "checkpoint.pt"), ""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         maker = f", made by {checkpoint.get('script', 'an earlier version')}"
-        return checkpoint | {"args": Args(**checkpoint["args"]), "script": checkpoint["script"]}
+        checkpoint |= {"args": Args(**checkpoint["args"]), "script": checkpoint["script"]}
+        if agent is not None:
+            agent.load_state_dict(checkpoint["agent"])
+        return checkpoint
     except Exception as error:  # a damaged file can raise almost any exception
         raise UsageError(f"cannot load {path}{maker}: {error!r}") from error
 
 
 def load_agent(run):
     """Load the agent of a run, e.g. `runs/RUN`. Raises UsageError."""
-    checkpoint = load_checkpoint(run)
-    envs = make_envs(checkpoint["args"], num_envs=1)
+    envs = make_envs(load_checkpoint(run)["args"], num_envs=1)
     agent = Agent(envs)
     envs.close()
-    agent.load_state_dict(checkpoint["agent"])
+    load_checkpoint(run, agent)
     return agent
 
 

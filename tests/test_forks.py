@@ -1,7 +1,4 @@
-"""Common changes to a copy of ppo.py: each trains, and is resumed once.
-
-The changes are those that a user would make by hand.
-"""
+"""Common changes to a copy of ppo.py, as a user would make them by hand; more are in test_forks_gallery.py."""
 
 import pytest
 import torch
@@ -10,33 +7,40 @@ from helpers import SMALL, curves, fork, load, next_second, train
 import ppo
 
 TINY = {**SMALL, "num_steps": 32, "learning_rate": 1e-3, "total_timesteps": 384}  # 3 iterations
-AGENT = "        self.critic = nn.Sequential(\n"  # in Agent.__init__
-OPTIMIZER = "    optimizer = torch.optim.Adam(parameters, lr=learning_rate,"
-LOSS = "        loss.backward()\n"
-METRICS = '                "losses/entropy": entropy.detach(),\n'
+AGENT = "        self.critic = mlp(num_inputs, 1, std=1.0)\n"  # in Agent.__init__
+GROUPS = '[{"params": parameters, "initial_lr": args.learning_rate}]'
+BATCH = '            batch = {"observations": to_device(observations), "actions": to_device(actions)}\n'
+INFO = "float(reward), terminated, truncated, {}\n"  # in Environment.step
+STEP = "                observation, rewards[t], terminations[t], truncations[t], _ = envs.step(actions[t])\n"
+EPISODES = '            metrics["charts/episodes"] = len(finished_returns)\n'
 
 # The critic learns three times as fast.
 TWO_RATES = [
     (
-        OPTIMIZER,
-        "    critic = {'params': agent.critic.parameters(), 'lr': 3 * learning_rate}\n"
-        "    groups = [{'params': agent.actor.parameters()}, critic]\n"
-        "    optimizer = torch.optim.Adam(groups, lr=learning_rate,",
+        GROUPS,
+        """[
+            {"params": agent.actor.parameters(), "initial_lr": args.learning_rate},
+            {"params": agent.critic.parameters(), "initial_lr": 3 * args.learning_rate},
+        ]""",
     ),
-]
-# The critic's features also have to predict the observation.
-AUXILIARY_HEAD = [
-    (AGENT, f"        self.auxiliary = layer_init(nn.Linear(64, num_inputs))\n{AGENT}"),
-    (
-        LOSS,
-        "        predictions = agent.auxiliary(agent.critic[:-1](observations))\n"
-        "        auxiliary_loss = (predictions - observations).square().mean()\n"
-        f"        loss = loss + 0.1 * auxiliary_loss\n{LOSS}",
-    ),
-    (METRICS, f'{METRICS}                "losses/auxiliary_loss": auxiliary_loss.detach(),\n'),
 ]
 # A parameter has no gradient.
-UNUSED_PARAMETER = [(AGENT, f"        self.unused = nn.Parameter(torch.ones(3))\n{AGENT}")]
+UNUSED_PARAMETER = [(AGENT, f"{AGENT}        self.unused = nn.Parameter(torch.ones(3))\n")]
+# An entry of info reaches the rollout: here, the distance of the cart from the middle.
+INFO_ENTRY = [
+    (INFO, INFO.replace("{}", '{"distance": abs(observation[0])}')),
+    (STEP, f'{STEP.replace("], _ =", "], infos =")}                distances[t] = infos["distance"]\n'),
+    ("    episode_returns = np.zeros(N)", "    distances = np.zeros((T, N))\n    episode_returns = np.zeros(N)"),
+    (
+        EPISODES,
+        f"""{EPISODES}
+            metrics["charts/distance"] = distances.mean()
+            metrics["charts/distance_observed"] = np.abs(next_observations[..., 0]).mean()
+""",
+    ),
+]
+# Ten more for each step.
+INTRINSIC_REWARD = [(BATCH, f"            rewards += 10\n{BATCH}")]
 
 
 def train_and_resume(replacements, compile=False):
@@ -68,13 +72,20 @@ def test_a_second_parameter_group_with_its_own_learning_rate(compile):
     assert rates == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3, 5e-4, 1e-3 / 3, 1e-3 / 6])
 
 
-def test_an_auxiliary_head_with_its_own_loss():
-    run, first, last = train_and_resume(AUXILIARY_HEAD)
-    losses = [value for _, value in curves(run)["losses/auxiliary_loss"]]
-    assert len(losses) == 6
-    assert losses[3] < losses[0], "learning goes on where it stopped"
-    assert change(first, last, "auxiliary") > 1e-4
-    assert change(first, last, "actor") > 1e-4
+@pytest.mark.parametrize("async_envs", [False, True])
+def test_an_entry_of_info(async_envs):
+    run = train(fork("ppo_fork", *INFO_ENTRY), async_envs=async_envs, **TINY)
+    distances, observed = curves(run)["charts/distance"], curves(run)["charts/distance_observed"]
+    assert len(distances) == 3 and distances[0][1] > 0
+    assert [value for _, value in distances] == pytest.approx([value for _, value in observed])
+
+
+def test_an_intrinsic_reward():
+    """The value function learns it, and the returns are logged without it."""
+    run, plain = train(fork("ppo_fork", *INTRINSIC_REWARD), **TINY), train(**TINY)
+    scalars = curves(run)
+    assert scalars["charts/episodic_return"] == scalars["charts/episodic_length"]
+    assert scalars["losses/value_loss"][0][1] > 50 * curves(plain)["losses/value_loss"][0][1]
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -84,5 +95,5 @@ def test_a_parameter_that_the_loss_does_not_use(compile):
     assert last["agent"]["unused"].tolist() == [1, 1, 1]
     assert len(last["optimizer"]["state"]) == len(last["agent"]) - 1
     assert min(change(first, last, "actor"), change(first, last, "critic")) > 1e-4
-    with pytest.raises(ppo.UsageError):
+    with pytest.raises(ppo.UsageError, match=r"(?s)ppo_fork\.py.*unused"):
         ppo.load_agent(run)  # ppo.py itself has no such parameter

@@ -36,7 +36,7 @@ def fork(title: str):
     script = re.search(r"^python (ppo\w*)\.py", SECTIONS[title], re.MULTILINE)[1]
     shutil.copy(ROOT / f"{script}.py", ".")
     for diff in blocks(title, "diff"):
-        command = ["git", "apply", "--verbose", "--recount", "-"]
+        command = ["git", "apply", "--verbose", "-"]
         said = subprocess.run(command, input=diff, capture_output=True, text=True, check=True).stderr
         assert "Applied" in said and "offset" not in said, said
         assert 1 <= len(re.findall(r"^\+(?!\+\+ )", diff, re.MULTILINE)) <= 40
@@ -75,7 +75,25 @@ def test_fork(title, command_line, monkeypatch):
         assert all(math.isfinite(value) for curve in curves(path).values() for _, value in curve)
         script.load_agent(path)
     if title.startswith("Weights"):
-        assert all(b"eval/episodic_return" in file.read_bytes() for file in path.glob("wandb/offline-run-*/*.wandb"))
+        files = list(path.glob("wandb/offline-run-*/*.wandb"))
+        assert len(files) == 2  # before and after resuming
+        assert all(b"eval/episodic_return" in file.read_bytes() for file in files)
+
+
+def test_network():
+    """The actor is wider and has ReLU; the critic is as before."""
+    module = fork("Another network")
+    agent = module.Agent(module.make_envs(module.Args(), 1))
+    assert [tuple(p.shape) for p in agent.actor.parameters()] == [(256, 4), (256,), (2, 256), (2,)]
+    assert isinstance(agent.actor[1], torch.nn.ReLU) and agent.critic[0].out_features == 64
+
+
+def test_reward_wrapper():
+    """CartPole's returns are a tenth of the lengths of episodes."""
+    scalars = curves(train(fork("A reward wrapper"), num_envs=4, num_steps=64, num_minibatches=4, total_timesteps=1024))
+    lengths, returns = scalars["charts/episodic_length"], scalars["charts/episodic_return"]
+    assert len(returns) == 4
+    assert [value for _, value in returns] == pytest.approx([0.1 * value for _, value in lengths])
 
 
 def test_auxiliary_loss():
@@ -112,18 +130,19 @@ def test_multidiscrete():
     agent = module.Agent(module.make_envs(module.Args(env_id="Switches-v0"), 1))
     agent.actor[-1].bias.data = torch.tensor([0.0, 1, 2, 0, 1])
     x = torch.zeros(20_000, 2)
-    actions = agent.act(x, agent.sample_noise(20_000, 1)[:, 0])
+    assert agent.act(x[:1], greedy=True).tolist() == [[2, 1]]
+    actions = agent.act(x)
     heads = [Categorical(logits=torch.tensor(logits)) for logits in ([0.0, 1, 2], [0.0, 1])]
     frequencies = torch.histogramdd(actions.float(), [3, 2], [-0.5, 2.5, -0.5, 1.5]).hist / 20_000
     assert torch.allclose(frequencies, torch.outer(heads[0].probs, heads[1].probs), atol=0.02)
-    logprobs, entropies, _ = agent(x, actions)
+    logprobs, entropies, _ = agent.evaluate_actions({"observations": x, "actions": actions})
     torch.testing.assert_close(logprobs, heads[0].log_prob(actions[:, 0]) + heads[1].log_prob(actions[:, 1]))
     torch.testing.assert_close(entropies[0], heads[0].entropy() + heads[1].entropy())
 
 
 @pytest.mark.parametrize("async_envs", [False, True])
 def test_action_masking(async_envs, monkeypatch):
-    """No masked action is taken, in training or evaluation; the update is finite."""
+    """No masked action is taken, in training or evaluation; gradients are finite."""
     step = TaxiEnv.step
 
     def checked_step(self, action):
@@ -136,25 +155,45 @@ def test_action_masking(async_envs, monkeypatch):
     flags = {"num_steps": 64, "num_envs": 4, "num_minibatches": 4, "ent_coef": 0.1, "eval_episodes": 3}
     path = train(module, env_id="Taxi-v4", total_timesteps=1024, async_envs=async_envs, **flags)
     assert all(math.isfinite(value) for _, value in curves(path)["losses/grad_norm"])
-    assert all(abs(value) < 1 for _, value in curves(path)["losses/approx_kl"]), "the old masks"
     agent = module.load_agent(path)
-    x, masks, actions = torch.eye(500)[:9], torch.rand(9, 6) < 0.5, torch.zeros(9, dtype=torch.int64)
+    masks = torch.rand(9, 6) < 0.5
     masks[:, 0] = True
-    logprobs, entropies, _ = agent(x, masks, actions)
-    policy = Categorical(logits=agent.actor(x).masked_fill(~masks, -1e9))
-    torch.testing.assert_close(logprobs, policy.log_prob(actions))
-    torch.testing.assert_close(entropies, policy.entropy())
+    x = torch.cat([torch.eye(500)[:9], masks], -1)
+    actions = torch.stack([agent.act(x) for _ in range(2000)])
+    counts = torch.nn.functional.one_hot(actions, 6).sum(0)
+    assert torch.equal(counts > 0, masks)
+    policy = Categorical(probs=agent.actor(x).exp() * masks)
+    torch.testing.assert_close(counts / 2000, policy.probs, atol=0.06, rtol=0)
+    assert torch.equal(agent.act(x, greedy=True), policy.probs.argmax(-1))
+    logprobs, entropies, _ = agent.evaluate_actions({"observations": x, "actions": actions[0]})
+    torch.testing.assert_close(logprobs, policy.log_prob(actions[0]))
+    torch.testing.assert_close(entropies, policy.entropy(), atol=1e-5, rtol=1e-5)
     (logprobs + entropies).sum().backward()
     assert all(p.grad.isfinite().all() for p in agent.actor.parameters())
+
+
+@pytest.mark.forks
+@pytest.mark.parametrize("actions", ["half-bounded", "matrix", "asymmetric"])
+def test_onnx(actions):
+    """The ranges and shapes of actions are those of the environment, which checks each action."""
+    (diff,) = blocks("Export to ONNX", "diff")
+    subprocess.run(["git", "apply", "-"], input=diff, text=True, check=True)
+    script = importlib.import_module("ppo_continuous_action")
+    env_kwargs = ("observations=dict", f"actions={actions}")
+    path = train(script, env_id="probe_envs:Spaces-v0", env_kwargs=env_kwargs, num_steps=64, total_timesteps=4096)
+    done = run(sys.executable, "export_onnx.py", path)
+    assert done.code == 0 and "differ by at most" in done.out, done
 
 
 def test_vector_implementation(monkeypatch):
     """The step after an end, which starts from a pole that has fallen, is not in the batch."""
     module, seen = fork("An environment's own vector implementation"), []
-    forward = module.Agent.forward
-    monkeypatch.setattr(module.Agent, "forward", lambda self, x, a: (seen.append(x), forward(self, x, a))[1])
+    ppo_loss = module.ppo_loss
+    monkeypatch.setattr(
+        module, "ppo_loss", lambda agent, args, batch: (seen.append(batch), ppo_loss(agent, args, batch))[1]
+    )
     path = train(module, num_envs=4, num_steps=64, num_minibatches=8, update_epochs=1, total_timesteps=2560)
-    samples = torch.cat([x for x in seen if x.dim() == 2])
+    samples = torch.cat([batch["observations"] for batch in seen])
     assert samples[:, 2].abs().max() < math.radians(12)
     episodes = sum(value for _, value in curves(path)["charts/episodes"])
     assert episodes > 20 and 0 <= len(samples) - (2560 - episodes) <= 4  # an end in the last step has no row after it
@@ -168,12 +207,20 @@ def test_tanh():
     envs = module.make_envs(module.Args(env_id="Hopper-v5"), 4)
     agent, x = module.Agent(envs), torch.randn(11).expand(50_000, 11)
     policy = TransformedDistribution(Normal(agent.actor(agent.normalize(x)), agent.log_std.exp()), TanhTransform())
-    raw = agent.act(x, agent.sample_noise(50_000, 1)[:, 0]).detach()
-    logprobs, entropies, _ = agent(x, raw)
+    raw = agent.act(x).detach()
+    logprobs, entropies, _ = agent.evaluate_actions({"observations": x, "actions": raw})
     torch.testing.assert_close(logprobs, policy.log_prob(raw.tanh()).sum(-1), atol=1e-3, rtol=1e-3)
     assert entropies.mean().item() == pytest.approx(-logprobs.mean().item(), abs=0.03)
-    actions = module.clip_actions(100 * raw[:4].numpy(), envs)
+    actions = module.from_units(envs.single_action_space, 100 * raw[:4].numpy())
     assert envs.action_space.contains(actions) and np.abs(actions).max() > 0.99
+    space = gym.spaces.Box(np.array([1, -3], np.float32), np.array([5, -2], np.float32))
+    np.testing.assert_allclose(
+        module.from_units(space, np.array([[-0.5, 0.5]])),
+        [[3 - 2 * math.tanh(0.5), -2.5 + 0.5 * math.tanh(0.5)]],
+        rtol=1e-6,
+    )
+    with pytest.raises(module.UsageError):
+        module.make_envs(module.Args(env_id="probe_envs:Spaces-v0", env_kwargs=("actions=half-bounded",)), 1)
 
 
 def test_images():
@@ -184,4 +231,7 @@ def test_images():
     features = agent.features(x)
     image = x[1, 2].float() / 255
     torch.testing.assert_close(features[1, 2], agent.trunk(image.permute(2, 0, 1).unsqueeze(0))[0])
-    torch.testing.assert_close(agent.value(x), agent(x, torch.zeros(2, 3, dtype=torch.int64))[2])
+    batch = {"observations": x, "actions": torch.zeros(2, 3, dtype=torch.int64)}
+    torch.testing.assert_close(agent.value(x), agent.evaluate_actions(batch)[2])
+    with pytest.raises(module.UsageError):
+        module.make_envs(module.Args(), 1)
