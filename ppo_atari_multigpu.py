@@ -449,7 +449,7 @@ def train(args):
                     values = update(minibatch)
                     # A copy: CUDA graphs write into the same memory again.
                     updates.append({name: value.clone() for name, value in values.items()})
-                last_kl = updates[-1]["losses/approx_kl"].clone()
+                last_kl = updates[-1]["losses/approx_kl"]
                 if W > 1:
                     dist.all_reduce(last_kl)
                     last_kl /= W
@@ -458,14 +458,15 @@ def train(args):
             global_step += batch_size
 
             # ------------------------------------------------------------------ (d) log and save
-            if W > 1:  # the games of all processes, and the signal that any of them has received
-                results = [None] * W
-                dist.all_gather_object(results, (finished_returns, finished_lengths, stop.signum))
-                finished_returns = [x for returns, _, _ in results for x in returns]
-                finished_lengths = [x for _, lengths, _ in results for x in lengths]
-                stop.signum = next((signum for _, _, signum in results if signum), None)
+            # The games of all processes, and a signal that any of them has received
+            results = [(finished_returns, finished_lengths, stop.signum)] * W
+            if W > 1:
+                dist.all_gather_object(results, results[0])
+            finished_returns = [x for returns, _, _ in results for x in returns]
+            finished_lengths = [x for _, lengths, _ in results for x in lengths]
+            signum = next((signum for _, _, signum in results if signum), None)
             if rank > 0:
-                if stop.signum:
+                if signum:
                     break
                 continue
             metrics = {}
@@ -495,7 +496,8 @@ def train(args):
                 speed = f"{metrics['charts/SPS']:,.0f} steps/s"
                 recent_return = np.mean(recent_returns) if recent_returns else math.nan
                 print(f"step {global_step:,}  {speed}  return {recent_return:.2f}", flush=True)
-            if stop.signum:
+            if signum:
+                stop.signum = signum
                 break
 
     if W > 1:

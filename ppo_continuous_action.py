@@ -186,12 +186,13 @@ def from_units(space, u):
     the range is that of 2 beside it; with none, it is [-1, 1].
     """
     # A bound of 1e12 or more, such as the largest float32, is none.
-    low = np.where(space.low > -1e12, space.low, np.where(space.high < 1e12, space.high - 2, -1.0))
-    high = np.where(space.high < 1e12, space.high, low + 2)
+    lowest, highest = space.low.astype(float), space.high.astype(float)
+    low = np.where(lowest > -1e12, lowest, np.where(highest < 1e12, highest - 2, -1.0))
+    high = np.where(highest < 1e12, highest, low + 2)
     actions = (low + high) / 2 + u.reshape(-1, *space.shape) * (high - low) / 2
     if np.issubdtype(space.dtype, np.integer):
         actions = actions.round()
-    return actions.clip(space.low, space.high).astype(space.dtype)
+    return actions.clip(lowest, highest).astype(space.dtype)
 
 
 def layer_init(layer, std=2**0.5):
