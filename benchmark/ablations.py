@@ -35,7 +35,7 @@ def make_variants(script: str, folder: Path) -> dict[str, tuple[Path, list[str]]
     for file in sorted(Path(learning.ROOT, "benchmark", "ablations", script).iterdir()):
         if file.suffix == ".diff":
             path = folder / f"{script}__{file.stem}.py"
-            subprocess.run(["patch", "--silent", "--output", path, variants["default"][0], file], check=True)
+            subprocess.run(["patch", "--silent", "-F0", "--output", path, variants["default"][0], file], check=True)
             variants[file.stem] = (path, [])
         else:
             variants[file.stem] = (variants["default"][0], file.read_text().split())

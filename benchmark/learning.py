@@ -33,7 +33,6 @@ import tyro
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark" / "results"
@@ -156,7 +155,6 @@ def run_jobs(jobs: list[Job], at_once: int, machine: str) -> None:
     if at_once > 1:  # share the cores
         environment.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // at_once)))
     waiting, running = list(jobs), {}
-    progress = tqdm(total=len(jobs), unit=" runs", disable=None)
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
@@ -166,12 +164,11 @@ def run_jobs(jobs: list[Job], at_once: int, machine: str) -> None:
             for job in [job for job, process in running.items() if process.poll() is not None]:
                 if running.pop(job).returncode == 0:
                     job.finished.write_text(machine)
+                    print(f"{job.folder.name} finished, {len(waiting) + len(running)} to go", flush=True)
                 else:
                     output = (job.folder / "output.txt").read_text().splitlines()
-                    tqdm.write("\n    ".join([f"{job.command} failed:", *output[-10:]]))
-                progress.update()
+                    print("\n    ".join([f"{job.command} failed:", *output[-10:]]), flush=True)
     finally:
-        progress.close()
         for process in running.values():  # the scripts of this repository save a checkpoint before they exit
             process.terminate()
         for process in running.values():

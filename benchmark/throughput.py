@@ -31,7 +31,6 @@ from typing import Literal
 import tyro
 from learning import RESULTS, ROOT, describe_machine
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tqdm import tqdm
 
 # Only the workers import torch and stable_baselines3: Linux counts the memory of a process at the time it starts
 # a child as the child's, so that a large process here would hide the peak memory of a small one.
@@ -208,7 +207,7 @@ def work_arithmetic(scenario: str, total_timesteps: int, seed: int, dtype: str) 
     agent = script.Agent(script.make_envs(args, 1))
     observations, actions = torch.zeros(1, 84, 84, 4, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
     with FlopCounterMode(display=False) as forward:
-        logprobs, _, values = agent(observations, actions)
+        logprobs, _, values = agent.evaluate_actions({"observations": observations, "actions": actions})
     with FlopCounterMode(display=False) as backward:
         (logprobs + values).sum().backward()
     forward_flops, backward_flops = forward.get_total_flops(), backward.get_total_flops()
@@ -278,7 +277,8 @@ def measure_all(args: Args, scenario: Scenario, cache_dir: str) -> dict[str | tu
             for variant in scenario.more_variants:
                 commands[variant, num_envs] = [*script, *scenario.arguments(variant, num_envs, total_timesteps, seed)]
         commands["help"] = [*script, "--help"]
-        for key, command in tqdm(commands.items(), desc=f"round {seed} of {args.repeats}", disable=None):
+        print(f"round {seed} of {args.repeats}", flush=True)
+        for key, command in commands.items():
             results.setdefault(key, []).append(measure(command, cache_dir, scenario.threads))
     return results
 

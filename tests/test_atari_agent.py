@@ -1,13 +1,11 @@
 """The Atari agent: the network against the Nature-CNN written out, bfloat16, and what a rollout stores."""
 
-import contextlib
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import curves, load, same_weights, train
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import ppo_atari
 
@@ -52,8 +50,8 @@ def random_frames(num, shape=(4, 84, 84)):
 
 def nature_cnn(agent, frames):
     """Features, logits and values by the network of the DQN paper, from frames [N, stack, height, width]."""
-    weights = agent.state_dict()
-    x = frames.float() / 255
+    weights = dict(agent.named_parameters())
+    x = frames.to(agent.critic.weight.dtype) / 255
     for name, stride in zip(SEQUENCE[:3], (4, 2, 1), strict=True):
         x = F.relu(F.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], stride=stride))
     features = F.relu(F.linear(x.flatten(1), weights["trunk.7.weight"], weights["trunk.7.bias"]))
@@ -92,19 +90,20 @@ def test_outputs_are_those_of_the_network_written_out(env_kwargs):
     """Features, actions, values, log-probabilities and entropies, also for other images and more actions."""
     agent = with_preferences(make_agent(env_kwargs=env_kwargs))
     frames, actions = random_frames(8, (2, 105, 80) if env_kwargs else (4, 84, 84)), torch.arange(8) % 4
+    batch, draws = {"observations": channels_last(frames), "actions": actions}, 2000
     with torch.no_grad():
         features, logits, values = nature_cnn(agent, frames)
-        outputs = agent.features(channels_last(frames))
-        logprobs, entropies, agent_values = agent(channels_last(frames), actions)
-        for a, b in zip((logprobs, entropies, agent_values), agent.heads(outputs, actions), strict=True):
-            assert torch.equal(a, b)
+        outputs = agent.features(batch["observations"])
+        logprobs, entropies, agent_values = agent.evaluate_actions(batch)
+        given = agent.evaluate_actions({"features": outputs, "actions": actions})  # without observations
+        assert all(map(torch.equal, given, (logprobs, entropies, agent_values)))
         assert torch.equal(agent.value(outputs), agent_values)
-        greedy_actions, other_actions = (
-            agent.act(outputs),
-            agent.act(outputs, -1e3 * F.one_hot(actions, logits.shape[1])),
-        )
+        greedy_actions = agent.act(outputs, greedy=True)
+        samples = agent.act(outputs.repeat(draws, 1)).view(draws, 8)
     assert torch.equal(greedy_actions, logits.argmax(-1))
-    assert not (other_actions == actions).any()
+    shares, expected = F.one_hot(samples, logits.shape[1]).double().mean(0), logits.softmax(-1)
+    assert ((shares - expected).abs() < 5 * (expected * (1 - expected) / draws).sqrt() + 1e-3).all()
+    assert (expected - 1 / logits.shape[1]).abs().max() > 0.1, "uniform actions would pass"
     distribution = torch.distributions.Categorical(logits=logits)
     assert logits.shape == (8, 18 if env_kwargs else 4)
     torch.testing.assert_close(outputs, features, rtol=1e-4, atol=1e-5)
@@ -143,15 +142,15 @@ def test_bfloat16_is_close_to_float32():
     assert features[1].dtype == torch.float32
     error = (features[1] - features[0]).abs().max() / features[0].abs().max()
     assert 1e-5 < error < 0.02
-    exact, rounded = (agent(observations, actions) for agent in agents)
+    batch = {"observations": observations, "actions": actions}
+    exact, rounded = (agent.evaluate_actions(batch) for agent in agents)
     for a, b in zip(exact, rounded, strict=True):
         assert b.dtype == torch.float32
         torch.testing.assert_close(b, a, rtol=0.05, atol=0.05)
     sum(x.sum() for x in rounded).backward()
     assert {x.dtype for p in agents[1].parameters() for x in (p, p.grad)} == {torch.float32}
-    with torch.no_grad():  # the heads of both agents compute the same
-        for a, b in zip(agents[0].heads(features[1], actions), agents[1].heads(features[1], actions), strict=True):
-            assert torch.equal(a, b)
+    batch = {"features": features[1].detach(), "actions": actions}  # the heads of both agents compute the same
+    assert all(map(torch.equal, *(agent.evaluate_actions(batch) for agent in agents)))
 
 
 @needs_bfloat16
@@ -166,40 +165,6 @@ def test_bfloat16_is_a_choice():
     assert all(weight.dtype == torch.float32 for weight in load(runs[0])["agent"].values())
 
 
-class Conversions(TorchDispatchMode):
-    """Counts the conversions of the largest weight to bfloat16."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **kwargs or {})
-        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype) and result.shape == (512, 3136):
-            self.count += result.dtype == torch.bfloat16
-        return result
-
-
-@needs_bfloat16
-def test_the_rollout_converts_the_weights_once(monkeypatch):
-    """Once in each iteration instead of at every step; the results are those without the outer autocast."""
-    autocast, counts = torch.autocast, []
-
-    def only_inner(device, dtype=None, enabled=True):
-        return contextlib.nullcontext() if dtype is None else autocast(device, dtype, enabled=enabled)
-
-    def counted_train():
-        with Conversions() as conversions:
-            run_dir = train(ppo_atari, **TINY, num_minibatches=1, update_epochs=1)
-        counts.append(conversions.count)
-        return run_dir
-
-    with_outer = counted_train()
-    monkeypatch.setattr(torch, "autocast", only_inner)
-    without_outer = counted_train()
-    assert curves(with_outer) == curves(without_outer)
-    assert same_weights(load(with_outer), load(without_outer))
-    assert counts[1] - counts[0] == 3 * (16 - 1)  # 3 iterations of 16 steps
-
-
 # ------------------------------------------------------------------------------------- the rollout
 
 
@@ -207,19 +172,19 @@ def test_the_rollout_converts_the_weights_once(monkeypatch):
 def test_the_features_of_the_rollout_are_those_of_learning(bfloat16, monkeypatch):
     """The first update of an iteration finds the probability ratio 1 and the values of the rollout."""
     dtypes, outputs = set(), []
-    features, heads = ppo_atari.Agent.features, ppo_atari.Agent.heads
+    features, evaluate_actions = ppo_atari.Agent.features, ppo_atari.Agent.evaluate_actions
 
     def noted_features(self, observations):
         dtypes.add(observations.dtype)
         return features(self, observations)
 
-    def noted_heads(self, *inputs):
-        result = heads(self, *inputs)
+    def noted_evaluation(self, batch):
+        result = evaluate_actions(self, batch)
         outputs.append([x.detach().flatten().sort().values for x in result])  # in learning, steps are shuffled
         return result
 
     monkeypatch.setattr(ppo_atari.Agent, "features", noted_features)
-    monkeypatch.setattr(ppo_atari.Agent, "heads", noted_heads)
+    monkeypatch.setattr(ppo_atari.Agent, "evaluate_actions", noted_evaluation)
     train(ppo_atari, **TINY, num_minibatches=1, update_epochs=2, bfloat16=bfloat16)
     assert dtypes == {torch.uint8}, "one byte for each pixel"
     assert len(outputs) == 3 * (1 + 2)

@@ -1,4 +1,4 @@
-"""Runs of ppo_atari.py: alone and to the bit, stopped and resumed, compiled, in several processes, and learning.
+"""Runs of ppo_atari.py: alone and to the bit, stopped and resumed, compiled, watched, and learning.
 
 On real games with a limit of 200 frames, except for learning, which uses a toy game with a known answer.
 """
@@ -9,26 +9,13 @@ import shutil
 import signal
 import sys
 
+import imageio_ffmpeg
 import numpy as np
+import pygame
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
-from helpers import (
-    LOSSES,
-    ROOT,
-    alive,
-    assert_refused,
-    curves,
-    descendants,
-    finish,
-    load,
-    next_second,
-    run,
-    same_weights,
-    spawn,
-    the_run,
-    train,
-)
+from helpers import LOSSES, ROOT, assert_refused, curves, load, next_second, run, same_weights, the_run, train
 
 import ppo_atari
 
@@ -74,9 +61,9 @@ def test_alone_in_an_empty_folder(command_line):
     again = train(ppo_atari, **PONG, total_timesteps=100)
     assert curves(again) == curve
     assert same_weights(load(again), load(run_dir))
-    film = shlex.split(re.search(r"python ppo_atari\.py (--evaluate .+)", out)[1])
-    assert command_line(*film, script=ppo_atari).code == 0
-    assert (run_dir / "videos" / "eval-at-128.mp4").stat().st_size > 0
+    evaluation = command_line("--evaluate", run_dir, script=ppo_atari)
+    assert evaluation.code == 0
+    assert evaluation.out.splitlines()[-1] == out.splitlines()[-1]
     assert curves(run_dir)["eval/episodic_return"] == curve["eval/episodic_return"] * 2
 
 
@@ -84,7 +71,7 @@ def test_a_stopped_run_is_resumed(command_line, monkeypatch):
     """The iteration is finished and saved. After that come other games, and curves without gap or duplicate."""
     calls, compute_gae, seeds, reset = [], ppo_atari.compute_gae, [], ppo_atari.AtariVectorEnv.reset
 
-    def stopping(*inputs):
+    def stopping(*inputs):  # in the third iteration
         calls.append(signal.raise_signal(signal.SIGTERM) if len(calls) == 2 else None)
         return compute_gae(*inputs)
 
@@ -159,8 +146,33 @@ def test_a_saved_policy_is_played(command_line, monkeypatch):
     observations = torch.randint(256, (5, 84, 84, 4), dtype=torch.uint8)
     assert agent.act(agent.features(observations)).tolist() == [2] * 5
 
-    for flag, value in (("--env-id", "ALE/Breakout-v5"), ("--num-envs", 4), ("--exp-name", "other")):
-        assert_refused(ppo_atari, command_line("--resume", run_dir, flag, value, script=ppo_atari), flag)
+
+def test_a_game_is_watched(command_line, monkeypatch):
+    """The window shows the frames of the film three times as large; a film is lossy."""
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    shown, flip = [], pygame.display.flip
+
+    def noted_flip():
+        shown.append(pygame.surfarray.array3d(pygame.display.get_surface()))
+        flip()
+
+    monkeypatch.setattr(pygame.display, "flip", noted_flip)
+    run_dir = train(ppo_atari, **PONG, total_timesteps=32)
+    short = ("--env-kwargs", "max_num_frames_per_episode=40")
+    result = command_line("--evaluate", run_dir, "--render", "--capture-video", *short, script=ppo_atari)
+    assert result.code == 0
+    path = run_dir / "videos" / "eval-at-32.mp4"
+    assert f"film: {path}" in result.out
+    reader = imageio_ffmpeg.read_frames(str(path))
+    assert next(reader)["size"] == (160, 210)
+    frames = [np.frombuffer(frame, np.uint8).reshape(210, 160, 3) for frame in reader]
+    assert len(frames) == len(shown) == 41
+    for picture, frame in zip(shown, frames, strict=True):
+        assert picture.shape == (480, 630, 3)
+        small = picture[::3, ::3]
+        assert np.array_equal(small.repeat(3, 0).repeat(3, 1), picture)
+        assert np.abs(small.swapaxes(0, 1).astype(int) - frame).mean() < 10
+    assert any((shown[0] != picture).any() for picture in shown)
 
 
 # ----------------------------------------------------------------------------------------- refusals
@@ -182,18 +194,22 @@ def test_input_that_is_refused(command_line, flags):
     assert_refused(ppo_atari, command_line(*flags, script=ppo_atari))
 
 
-def test_the_largest_seed():
-    """It is not refused, although the seeds of ALE have 31 bits."""
-    train(ppo_atari, **PONG, total_timesteps=32, seed=2**32 - 1)
+def test_seeds_of_games_have_31_bits(monkeypatch):
+    """ALE takes no larger ones. Training, a resumed run and the evaluation get different ones."""
+    seed, seeds, reset = 2**32 - 1, [], ppo_atari.AtariVectorEnv.reset
 
+    def noted(self, *, seed):
+        seeds.extend(range(seed, seed + self.num_envs))
+        return reset(self, seed=seed)
 
-def test_what_cannot_be_shared_by_processes(command_line, monkeypatch):
-    """Environments that do not divide among the processes of torchrun."""
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert_refused(ppo_atari, command_line(*as_flags(**PONG | {"num_envs": 3}), script=ppo_atari), "--num-envs")
+    monkeypatch.setattr(ppo_atari.AtariVectorEnv, "reset", noted)
+    run_dir = train(ppo_atari, **PONG, total_timesteps=32, seed=seed)
+    train(ppo_atari, **PONG, total_timesteps=64, seed=seed, resume=str(run_dir))
+    assert len(seeds) == 2 * (2 + 1)
+    assert seeds[2] == seeds[5]  # both evaluations play the same games
+    assert len(set(seeds)) == 5
+    seeds += [ppo_atari.make_seed("training", seed, step) for seed in (0, 20240101, 10**30) for step in range(1000)]
+    assert 0 <= min(seeds) <= max(seeds) < 2**31
 
 
 # --------------------------------------------------------------------------- learning from pixels
@@ -241,153 +257,3 @@ def test_it_learns_from_pixels(monkeypatch):
     monkeypatch.setattr(ppo_atari, "make_envs", lambda args, num_envs, **options: BrightSquare(num_envs))
     run_dir = train(ppo_atari, num_envs=8, num_steps=16, learning_rate=1e-3, total_timesteps=2048)
     assert curves(run_dir)["charts/episodic_return"][-1][1] > 3.3
-
-
-# ------------------------------------------------------------------------------ several processes
-
-# Each process notes the sums and tensors of its first update, digests of the weights, its seeds, actions and games.
-NOTES = """
-import atexit, hashlib, os, torch
-import torch.distributed as dist
-
-notes = {name: [] for name in ("gradients", "clipped", "weights", "seeds", "actions", "ended", "kl")}
-atexit.register(lambda: torch.save(notes, f"notes-{os.environ['RANK']}.pt"))
-all_reduce, adam_step = dist.all_reduce, torch.optim.Adam.step
-reset, step = ppo_atari.AtariVectorEnv.reset, ppo_atari.AtariVectorEnv.step
-
-def noted_all_reduce(x):
-    before = x.clone()
-    all_reduce(x)
-    if x.dim() == 0:
-        notes["kl"].append([before.item(), x.item()])
-    elif not notes["weights"]:
-        notes["gradients"].append(before)
-
-def noted_adam_step(self, *args):
-    parameters = self.param_groups[0]["params"]
-    if not notes["weights"]:
-        notes["clipped"] = [x.grad.clone() for x in parameters]
-    result = adam_step(self, *args)
-    digest = hashlib.sha256()
-    for x in parameters:
-        digest.update(x.detach().numpy().tobytes())
-    notes["weights"].append(digest.hexdigest())
-    return result
-
-def noted_reset(self, *, seed, **options):
-    notes["seeds"].append(list(range(seed, seed + self.num_envs)))
-    frames, infos = reset(self, seed=seed, **options)
-    self.numbers = infos["episode_frame_number"].copy()
-    return frames, infos
-
-def noted_step(self, actions):
-    result = step(self, actions)
-    numbers = result[4]["episode_frame_number"]
-    notes["actions"].append(actions.tolist())
-    notes["ended"].append(int((numbers < self.numbers).sum()))
-    self.numbers = numbers.copy()
-    return result
-
-dist.all_reduce, torch.optim.Adam.step = noted_all_reduce, noted_adam_step
-ppo_atari.AtariVectorEnv.reset, ppo_atari.AtariVectorEnv.step = noted_reset, noted_step
-"""
-TARGET_KL = 2e-5
-
-
-@pytest.fixture(scope="module")
-def together(tmp_path_factory):
-    """A training with two processes: the folder, what was printed, and the notes of each process."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("together")
-        patch.chdir(folder)
-        patch.setenv("OMP_NUM_THREADS", "1")
-        process = spawn(*as_flags(**SHARED, target_kl=TARGET_KL), setup=NOTES, script="ppo_atari", processes=2)
-        result = finish(process)
-    assert (result.code, result.err) == (0, "")
-    return folder, result.out, [torch.load(folder / f"notes-{rank}.pt") for rank in (0, 1)]
-
-
-def test_two_processes_share_one_run(together):
-    """One folder, one checkpoint, one set of curves. Each plays its own half of the games, and all are counted."""
-    folder, out, (a, b) = together
-    (run_dir,) = (folder / "runs").iterdir()
-    assert sorted(path.name.split(".")[0] for path in run_dir.iterdir()) == ["checkpoint", "events", "events"]
-    assert out.count("steps 0 to 256, 64 per iteration") == out.count("evaluation at step 256") == 1
-    curve = curves(run_dir)
-    assert [step for step, _ in curve["losses/entropy"]] == [64, 128, 192, 256]
-    games = [sum(notes["ended"][: 4 * 16]) for notes in (a, b)]  # without those of the evaluation
-    assert min(games) >= 2
-    assert sum(value for _, value in curve["charts/episodes"]) == sum(games)
-    assert len(b["ended"]) == 4 * 16, "only the first process evaluates"
-    assert [len(seeds) for seeds in (*a["seeds"], *b["seeds"])] == [2, 1, 2]  # the second is of the evaluation
-    assert len({seed for seeds in (*a["seeds"], *b["seeds"]) for seed in seeds}) == 5
-    assert a["actions"][:16] != b["actions"][:16]
-
-
-def test_two_processes_train_one_agent_with_the_mean_of_their_gradients(together):
-    """Their weights are the same bits after each update, and both stop the epochs at the mean KL divergence."""
-    _, _, (a, b) = together
-    assert a["weights"] == b["weights"]
-    assert len(set(a["weights"])) == len(a["weights"]) > 4
-    means = [(mine + other) / 2 for mine, other in zip(a["gradients"], b["gradients"], strict=True)]
-    norm = torch.cat([mean.flatten() for mean in means]).norm().item()
-    for i, mean in enumerate(means):
-        assert not torch.equal(a["gradients"][i], b["gradients"][i])
-        torch.testing.assert_close(a["clipped"][i], mean * min(1, 0.5 / norm), rtol=1e-4, atol=1e-8)
-        assert torch.equal(a["clipped"][i], b["clipped"][i])
-
-    epochs = [0]  # of each iteration
-    for (mine, total), (other, same_total) in zip(a["kl"], b["kl"], strict=True):
-        assert total == same_total == pytest.approx(mine + other, rel=1e-4, abs=1e-7)
-        epochs[-1] += 1
-        if total / 2 > TARGET_KL or epochs[-1] == 2:
-            epochs.append(0)
-    assert len(epochs) == 4 + 1 and 1 in epochs
-    assert len(a["weights"]) == 2 * sum(epochs)
-
-
-def test_a_signal_to_torchrun_stops_and_any_number_of_processes_resumes(start, command_line):
-    """A run of one process goes on with two, stops and saves, and goes on with one."""
-    run_dir = train(ppo_atari, **SHARED | {"total_timesteps": 64})
-    next_second()
-    flags = ("--resume", run_dir, "--total-timesteps", 64 * 1000)
-    process = start(*flags, script="ppo_atari", processes=2)
-    assert any(line.startswith("step ") for line in process.stdout), process.stderr.read()
-    workers = descendants(process.pid)
-    assert len(workers) == 2
-    process.send_signal(signal.SIGTERM)
-    result = finish(process)
-    assert result.code != 0
-    assert not any(map(alive, workers))
-    saved = load(run_dir)["global_step"]
-    assert 64 < saved < 64 * 1000
-    assert f"stopped at step {saved:,}" in result.out
-
-    next_second()
-    assert command_line("--resume", run_dir, "--total-timesteps", saved + 64, script=ppo_atari).code == 0
-    checkpoint, curve = load(run_dir), curves(run_dir)
-    assert checkpoint["global_step"] == saved + 64
-    assert checkpoint["optimizer"]["state"][0]["step"] == (saved // 64 + 1) * 4
-    assert [step for step, _ in curve["losses/entropy"]] == list(range(64, saved + 65, 64))
-
-
-def test_a_signal_to_one_process_stops_all(start):
-    """Also while it waits for the others at the end of an iteration: the next iteration is saved."""
-    setup = """
-import os, signal
-import torch.distributed as dist
-calls, gather = [], dist.all_gather_object
-
-def noted_gather(*args):
-    gather(*args)
-    calls.append(args)
-    if os.environ["RANK"] == "1" and len(calls) == 3:
-        signal.raise_signal(signal.SIGINT)
-
-dist.all_gather_object = noted_gather
-"""
-    process = start(*as_flags(**SHARED | {"total_timesteps": 64 * 6}), setup=setup, script="ppo_atari", processes=2)
-    result = finish(process)
-    assert load(the_run())["global_step"] == 4 * 64
-    assert "stopped at step 256" in result.out
-    assert "Connection" not in result.err

@@ -1,4 +1,4 @@
-"""ppo_continuous_action.py between environment and agent: clipping, normalization, action spaces, evaluation.
+"""ppo_continuous_action.py between environment and agent: units of actions, normalization, spaces, evaluation.
 
 train() runs on environments whose every observation and reward is known beforehand, with functions wrapped so that
 their inputs and outputs can be compared with an independent computation.
@@ -46,22 +46,23 @@ def record(tmp_path_factory):
     """A run of 3 iterations, resumed for 2 more: the data that goes through train(), and what is expected.
 
     `rollouts`: for each iteration, arrays [T, N, ...] of observations, next observations, rewards, terminations,
-    truncations and discounted returns so far in the episode, computed without the script. `noises`, `old_policies`,
-    `gae`: of each iteration. `taken`: the actions that reach the environments in training.
+    truncations and discounted returns so far in the episode, computed without the script. `noises`: of each step.
+    `old_policies`, `gae`: of each iteration. `taken`: the actions that reach the environments in training.
     """
     record = SimpleNamespace(noises=[], old_policies=[], gae=[])
-    sample_noise, forward, gae = ppo.Agent.sample_noise, ppo.Agent.forward, ppo.compute_gae
+    randn_like, evaluate_actions, gae = torch.randn_like, ppo.Agent.evaluate_actions, ppo.compute_gae
     reset, step, initialize = ContinuousNumbered.reset, ContinuousNumbered.step, ppo.Agent.__init__
     seeds, steps = [], []
 
-    def recorded_noise(self, *shape):
-        record.noises.append(sample_noise(self, *shape))
+    def recorded_noise(means):
+        record.noises.append(randn_like(means))
         return record.noises[-1]
 
-    def recorded_forward(self, observations, actions):
-        outputs = forward(self, observations, actions)
-        if observations.dim() == 3:  # the whole rollout, not a minibatch
-            record.old_policies.append([x.double().numpy().copy() for x in (observations, actions, outputs[0])])
+    def recorded_evaluation(self, batch):
+        outputs = evaluate_actions(self, batch)
+        if batch["observations"].dim() == 3:  # the whole rollout, not a minibatch
+            data = (batch["observations"], batch["actions"], outputs[0])
+            record.old_policies.append([x.double().numpy().copy() for x in data])
         return outputs
 
     def recorded_gae(*inputs):
@@ -87,8 +88,8 @@ def record(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("recorded"))
-        patch.setattr(ppo.Agent, "sample_noise", recorded_noise)
-        patch.setattr(ppo.Agent, "forward", recorded_forward)
+        patch.setattr(torch, "randn_like", recorded_noise)
+        patch.setattr(ppo.Agent, "evaluate_actions", recorded_evaluation)
         patch.setattr(ppo.Agent, "__init__", initialize_far_from_0)
         patch.setattr(ppo, "compute_gae", recorded_gae)
         patch.setattr(ContinuousNumbered, "reset", recorded_reset)
@@ -146,34 +147,36 @@ def policy_and_value(record, iterations):
     return policy, lambda x: network(record.checkpoint, "critic", x, mean, std)[..., 0]
 
 
-def test_stored_actions_are_unclipped_and_environments_get_them_clipped(record):
-    """Actions are sampled with the statistics before the iteration's update, and stored with raw observations.
-
-    Their old log-probabilities have the updated statistics, so that the ratio is 1 until the weights change.
-    """
+def test_actions_are_stored_in_units_of_the_range_and_environments_get_their_values(record):
+    """Actions are sampled with the statistics before the iteration's update, and so are their log-probabilities."""
     space, taken = ContinuousNumbered.action_space, np.array(record.taken).reshape(ITERATIONS, T, N, 2)
+    noises = torch.stack(record.noises).numpy().reshape(ITERATIONS, T, N, 2)
     for i, (observations, actions, old_logprobs) in enumerate(record.old_policies):
         np.testing.assert_array_equal(observations, record.rollouts[i][0])
         before, after = (policy_and_value(record, iterations)[0](observations) for iterations in (i, i + 1))
-        np.testing.assert_allclose(actions, before.mean + record.noises[i] * before.stddev, rtol=1e-4, atol=1e-4)
-        assert 0.1 < ((actions < space.low) | (actions > space.high)).mean() < 0.9
-        np.testing.assert_array_equal(taken[i], np.clip(actions, space.low, space.high).astype(np.float32))
+        np.testing.assert_allclose(
+            actions, before.mean.numpy() + noises[i] * before.stddev.numpy(), rtol=1e-4, atol=1e-4
+        )
+        assert 0.1 < (np.abs(actions) > 1).mean() < 0.9
+        values = (space.low + space.high) / 2 + actions * (space.high - space.low) / 2
+        np.testing.assert_allclose(taken[i], values.clip(space.low, space.high), rtol=0, atol=1e-6)
+        assert all(action in space for action in taken[i].reshape(-1, 2))
 
-        earlier, expected = (policy.log_prob(torch.tensor(actions)).sum(-1).numpy() for policy in (before, after))
+        expected, later = (policy.log_prob(torch.tensor(actions)).sum(-1).numpy() for policy in (before, after))
         np.testing.assert_allclose(old_logprobs, expected, rtol=1e-3, atol=1e-3)
-        assert np.abs(old_logprobs - earlier).max() > 0.01, "the test can tell old statistics from updated ones"
-    assert [value for _, value in curves(record.run_dir)["losses/approx_kl"]] == pytest.approx([0] * 5, abs=1e-6)
+        assert np.abs(old_logprobs - later).max() > 0.01, "the test can tell old statistics from updated ones"
 
 
 def test_observations_and_rewards_are_normalized_for_advantages_and_losses(record):
     """By the statistics of all data up to and including this iteration; also the true last observations.
 
     Rewards are divided by the standard deviation of discounted returns and clipped at 10 (details 28 to 31). With
-    unchanged weights the policy loss is minus the mean advantage, and the value loss half its mean square.
+    unchanged weights the value loss is half the mean square of the advantages; the ratio is that of the policies
+    with the updated statistics and with those of acting.
     """
     curve, scaled_rewards = curves(record.run_dir), []
     for i, (observations, next_observations, rewards, terminations, truncations, _) in enumerate(record.rollouts):
-        _, value = policy_and_value(record, i + 1)
+        policy, value = policy_and_value(record, i + 1)
         scaled = (rewards / data_until(record, i + 1, 5).std()).clip(-10, 10)
         scaled_rewards.append(scaled)
         values, next_values = value(observations), value(next_observations)
@@ -187,8 +190,12 @@ def test_observations_and_rewards_are_normalized_for_advantages_and_losses(recor
                 advantages[t, n] += (GAMMA * LAMBDA) ** (k - t) * deltas[k, n]
                 if terminations[k, n] or truncations[k, n]:
                     break
-        assert curve["losses/policy_loss"][i] == ((i + 1) * T * N, pytest.approx(-advantages.mean(), rel=1e-3))
+        actions, old_logprobs = record.old_policies[i][1:]
+        ratios = np.exp(policy(observations).log_prob(torch.tensor(actions)).sum(-1).numpy() - old_logprobs)
+        gains = np.minimum(ratios * advantages, ratios.clip(0.8, 1.2) * advantages)
+        assert curve["losses/policy_loss"][i] == ((i + 1) * T * N, pytest.approx(-gains.mean(), rel=1e-3, abs=1e-3))
         assert curve["losses/value_loss"][i][1] == pytest.approx(np.mean(advantages**2) / 2, rel=1e-3)
+        assert curve["losses/approx_kl"][i][1] == pytest.approx(np.mean(ratios - 1 - np.log(ratios)), rel=1e-2)
     assert (np.min(scaled_rewards), np.max(scaled_rewards)) == (-10, 10)
 
 
@@ -247,7 +254,7 @@ def test_spaces_are_trained_on_within_their_bounds(actions, observations, num_in
         (("--env-id", "CartPole-v1"), "ppo.py"),
         (("--env-kwargs", "actions=multidiscrete"), "Box"),
         (("--env-kwargs", "actions=dict"), "Box"),
-        (("--env-kwargs", "actions=continuous", "observations=image"), "ppo_atari.py"),
+        (("--env-kwargs", "actions=continuous", "observations=image"), "docs/forks.md"),
         (("--env-id", "HalfCheeta-v5"), "HalfCheeta"),
     ],
 )
@@ -257,14 +264,15 @@ def test_other_spaces_are_refused(command_line, flags, word):
 
 
 def test_evaluation_uses_the_saved_statistics_and_leaves_them(monkeypatch):
-    """Raw returns of clipped greedy actions, as from a plain loop; load_agent() gives this agent.
+    """Raw returns of clipped greedy actions in [-2, 2], as from a plain loop; load_agent() gives this agent.
 
     The policy is made to depend strongly on the observation, and to be noisy if it is not greedy.
     """
-    args = ppo.Args("Pendulum-v1", seed=3, num_steps=512, total_timesteps=512, eval_episodes=3)
+    flags = {"num_envs": 4, "num_steps": 256, "num_minibatches": 8, "total_timesteps": 1024}
+    args = ppo.Args("Pendulum-v1", seed=3, learning_rate=0.003, **flags, eval_episodes=3)
     run_dir = ppo.train(args)
     saved = load(run_dir)
-    saved["agent"]["actor.4.weight"] *= 20
+    saved["agent"]["actor.4.weight"] *= 5
     saved["agent"]["log_std"] += 1
     torch.save(saved, run_dir / "checkpoint.pt")
     seeds, reset = [], PendulumEnv.reset
@@ -280,7 +288,7 @@ def test_evaluation_uses_the_saved_statistics_and_leaves_them(monkeypatch):
     def play(env, seed, mean, std):
         (observation, _), ended, total = env.reset(seed=seed), False, 0.0
         while not ended:
-            action = network(saved, "actor", observation, mean, std).clip(-2, 2)
+            action = (2 * network(saved, "actor", observation, mean, std)).clip(-2, 2)
             observation, reward, terminated, truncated, _ = env.step(action)
             ended, total = terminated or truncated, total + reward
         return total

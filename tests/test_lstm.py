@@ -7,6 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.classic_control import CartPoleEnv
 from gymnasium.spaces import Box, Discrete
 from helpers import assert_refused, curves, fork, load, next_second, same_weights, train
 from probe_envs import Numbered
@@ -35,7 +36,7 @@ def step_by_step(network, observations, ended, state):
     cell = torch.nn.LSTMCell(64, 64, dtype=observations.dtype)
     cell.weight_ih, cell.weight_hh = network.lstm.weight_ih_l0, network.lstm.weight_hh_l0
     cell.bias_ih, cell.bias_hh = network.lstm.bias_ih_l0, network.lstm.bias_hh_l0
-    outputs, (h, c) = [], state[:, 0]
+    outputs, (h, c) = [], state
     for t in range(len(observations)):
         h, c = cell(network.encoder(observations[t]), (h, c))
         outputs.append(network.head(h))
@@ -47,13 +48,14 @@ def step_by_step(network, observations, ended, state):
 @pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 1.0])
 def test_outputs_and_gradients_agree_with_a_computation_step_by_step(agent, probability):
     """With episodes that end anywhere, and from any state."""
-    observations, actions, state = torch.randn(T, N, INPUTS), torch.randint(3, (T, N)), torch.randn(2, 2, 1, N, 64)
+    observations, actions, state = torch.randn(T, N, INPUTS), torch.randint(3, (T, N)), torch.randn(4, N, 64)
     ended = torch.rand(T, N) < probability
-    outputs = agent(observations, actions, ended, state)
+    batch = {"observations": observations, "actions": actions, "ended": ended, "first_state": state}
+    outputs = agent.evaluate_actions(batch)
     replica = copy.deepcopy(agent).double()
-    logits = step_by_step(replica.actor, observations.double(), ended, state[0].double())
+    logits = step_by_step(replica.actor, observations.double(), ended, state[:2].double())
     policy = torch.distributions.Categorical(logits=logits)
-    values = step_by_step(replica.critic, observations.double(), ended, state[1].double())[..., 0]
+    values = step_by_step(replica.critic, observations.double(), ended, state[2:].double())[..., 0]
     expected = policy.log_prob(actions), policy.entropy(), values
     for output, x in zip(outputs, expected, strict=True):
         assert output.shape == (T, N)
@@ -77,6 +79,25 @@ def test_initial_weights(agent):
 
 
 @pytest.mark.quick
+def test_actions_follow_the_states_and_are_sampled(agent):
+    """Greedy ones are the most probable of a computation step by step; frequencies are within 5 standard errors."""
+    observations, state, draws = torch.randn(T, N, INPUTS), torch.randn(4, N, 64), 20_000
+    with torch.no_grad():
+        agent.actor.head.weight.mul_(10)
+        logits = step_by_step(agent.actor, observations, torch.zeros(T, N, dtype=torch.bool), state[:2])
+        samples, _ = agent.act(observations[0].repeat(draws, 1), state.repeat(1, draws, 1))
+        without_memory, _ = agent.act(observations.flatten(0, 1), agent.initial_state(T * N), greedy=True)
+        for t in range(T):
+            actions, state = agent.act(observations[t], state, greedy=True)
+            assert torch.equal(actions, logits[t].argmax(-1))
+    assert (without_memory.view(T, N) != logits.argmax(-1)).float().mean() > 0.1
+    expected = logits[0].softmax(-1)
+    shares = torch.nn.functional.one_hot(samples.view(draws, N), 3).double().mean(0)
+    assert ((shares - expected).abs() < 5 * (expected * (1 - expected) / draws).sqrt()).all()
+    assert (expected - 1 / 3).abs().max() > 0.1, "uniform actions would pass"
+
+
+@pytest.mark.quick
 def test_values_follow_whole_episodes(monkeypatch):
     """Those of all steps and of all next observations, in two iterations, against episodes played one by one.
 
@@ -84,6 +105,7 @@ def test_values_follow_whole_episodes(monkeypatch):
     """
     recorded, compute_gae = [], ppo_lstm.compute_gae
     monkeypatch.setattr(ppo_lstm, "compute_gae", lambda *x: recorded.append(x[1:3]) or compute_gae(*x))
+    monkeypatch.setattr(ppo_lstm, "make_seed", lambda *parts: 0)  # the environments are called 0 to 3
     agent = ppo_lstm.load_agent(train(ppo_lstm, **NUMBERED, learning_rate=1e-30))  # the weights stay as they are
     expected = np.zeros((2, 64, 4))
     for n in range(4):
@@ -106,16 +128,16 @@ def test_minibatches():
     minibatches, metrics = [], []
 
     def observe(update):
-        def observed(*minibatch):
-            minibatches.append(minibatch[0].int())
-            metrics.append({name: value.item() for name, value in update(*minibatch).items()})
+        def observed(minibatch):
+            minibatches.append(minibatch["observations"].int())
+            metrics.append({name: value.item() for name, value in update(minibatch).items()})
             return {name: torch.tensor(value) for name, value in metrics[-1].items()}
 
         return observed
 
-    line = "    def request_stop"
+    line = f"    # {'-' * 72} set-up: the rollout"
     module = fork("observed", (line, f"    update = observe(update)\n{line}"), script="ppo_lstm")
-    module.observe = observe
+    module.observe, module.make_seed = observe, lambda *parts: 0  # the environments are called 0 to 3
     module.train(module.Args(**NUMBERED, eval_episodes=1, learning_rate=0.01))
     orders = []
     for epoch in range(4):
@@ -154,25 +176,51 @@ def test_the_same_seed_gives_the_same_bits_and_a_resumed_run_goes_on():
     assert rates == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4, 5e-4, 3.75e-4, 2.5e-4, 1.25e-4])
 
 
-def test_evaluation_carries_the_state_within_an_episode_and_resets_it_between_two():
+def test_evaluation_carries_the_state_within_an_episode_and_resets_it_between_two(monkeypatch):
     """The returns are those of the loaded agent in one episode after the other."""
     run = train(ppo_lstm, observe=(0, 2), total_timesteps=8192, num_envs=8, num_steps=64, update_epochs=4)
-    returns = ppo_lstm.evaluate(ppo_lstm.Args(observe=(0, 2), eval_episodes=5), run)
+    seeds, reset = [], CartPoleEnv.reset
+
+    def recorded_reset(self, *, seed=None, options=None):
+        seeds.append(seed)
+        return reset(self, seed=seed, options=options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CartPoleEnv, "reset", recorded_reset)
+        returns = ppo_lstm.evaluate(ppo_lstm.Args(observe=(0, 2), eval_episodes=5), run)
     agent, env, expected = ppo_lstm.load_agent(run), gym.make("CartPole-v1"), []
-    for seed in range(15_000, 15_005):
+    for seed in seeds:
         observation, _ = env.reset(seed=seed)
         state, ended = agent.initial_state(1), False
         expected.append(0)
         while not ended:
-            with torch.inference_mode():
-                actions, state = agent.act(torch.as_tensor(observation[None, [0, 2]]), state)
+            with torch.no_grad():
+                actions, state = agent.act(torch.as_tensor(observation[None, [0, 2]]), state, greedy=True)
             observation, reward, terminated, truncated, _ = env.step(actions.item())
             expected[-1] += reward
             ended = terminated or truncated
     assert returns.tolist() == expected
+    assert len(set(seeds)) == 5
     assert len(set(expected)) > 1
 
 
-@pytest.mark.parametrize("flags", [("--observe", 4), ("--observe", -1), ("--num-minibatches", 3)])
-def test_wrong_flags_are_refused(command_line, flags):
-    assert_refused(ppo_lstm, command_line(*flags, script=ppo_lstm), flags[0])
+@pytest.mark.quick
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_the_last_observation_of_a_terminated_episode_is_not_used(value):
+    """The run is the same to the bit as with another one: neither values nor states depend on it."""
+    flags = {"env_id": "probe_envs:BadEnd-v0", **TINY}
+    one, other = (train(ppo_lstm, **flags, env_kwargs=(f"value={x}",)) for x in (value, 5))
+    assert curves(one) == curves(other)
+    assert same_weights(load(one), load(other))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--observe", 4), "observe must be between 0 and 3"),
+        (("--observe", -1), "observe must be between 0 and 3"),
+        (("--num-minibatches", 3), "num_minibatches must divide num_envs"),
+    ],
+)
+def test_wrong_flags_are_refused(command_line, flags, words):
+    assert_refused(ppo_lstm, command_line(*flags, script=ppo_lstm), words)

@@ -7,79 +7,107 @@ import subprocess
 import pytest
 from helpers import ROOT
 
-# Functions, methods and sections of train() that both scripts have and that differ on purpose.
-AGENT = {"Agent.__init__", "Agent.act", "Agent.value", "Agent.forward"}
-TRAIN = {"train: set-up", "train: (a) roll out", "train: (b) advantages"}
+# What a script and the one beside it both have and that differs on purpose: functions, methods, classes without their
+# methods, and sections of train().
+NETWORKS = {"Agent", "Agent.__init__", "Agent.act", "Agent.value", "Agent.evaluate_actions"}
+DATA = {"train: set-up: the rollout", "train: (a) roll out", "train: (b) advantages"}
+LEARNING = {"train: set-up: the gradient step", "train: (c) learn"}
+SET_UP = "train: set-up: device, environments, agent, optimizer"
 DIFFERENT = {
-    "ppo_continuous_action.py": AGENT | TRAIN | {"make_envs.make_env", "Agent.sample_noise", "evaluate"},
-    "ppo_atari.py": AGENT | TRAIN | {"make_envs", "load_agent", "evaluate", "main"},
+    ("ppo_continuous_action", "ppo"): NETWORKS | DATA | {"make_envs.make_env", "evaluate"},
+    ("ppo_lstm", "ppo"): NETWORKS | DATA | LEARNING | {"make_envs.make_env", "train", "evaluate", SET_UP},
+    ("ppo_atari", "ppo"): NETWORKS | DATA | LEARNING | {"train.update", "train: (d) log and save", "check_finite"},
+    ("ppo_atari_multigpu", "ppo_atari"): LEARNING | {"train", "train.update", "train: (d) log and save", SET_UP},
 }
-DIFFERENT["ppo_lstm.py"] = (
-    AGENT | TRAIN | {"Args.__post_init__", "make_envs.make_env", "train.update", "train: (c) learn"}
-)
-DIFFERENT["ppo_lstm.py"] |= {"load_agent", "evaluate", "main"}
-DIFFERENT["ppo_atari.py"] |= {"train.update", "train: (c) learn", "train: (d) log and save"}
-LACKING = {"ppo_atari.py": {"make_envs.make_env"}}  # in ppo.py only
+DIFFERENT["ppo_atari", "ppo"] |= {"make_envs", "load_agent", "evaluate", SET_UP, "train: set-up: logging"}
+DIFFERENT["ppo_atari_multigpu", "ppo_atari"] |= {"train: set-up: the rollout", "train: set-up: logging"}
+LACKING = {  # what only the second one has
+    ("ppo_lstm", "ppo"): {"mlp"},
+    ("ppo_atari", "ppo"): {"mlp", "make_envs.make_env", "make_gym_env", "print_once", "flattenable_part"}
+    | {f"Environment{method}" for method in ("", ".__init__", ".vector", ".reset", ".step")}
+    | {"closing_envs"},
+}
+PAIRS = list(DIFFERENT)
 BANNER = re.compile(r"^ *# -{10,} (.+)$", re.MULTILINE)
-SIBLINGS = sorted(DIFFERENT)
 
 
 def source(script):
-    return (ROOT / script).read_text()
+    return (ROOT / f"{script}.py").read_text()
 
 
 def definitions(text, parent=None, prefix=""):
-    """The source of every function, without those inside it, of the methods of every class, and of train()'s sections.
+    """The source of each function, without those inside it, of each class, without its methods, and of train()'s parts.
 
-    The order is that of the file.
+    The order is that of the file. The fields of Args are left out.
     """
     found = {}
     for node in (parent or ast.parse(text)).body:
         if not isinstance(node, ast.FunctionDef | ast.ClassDef):
             continue
-        inner = definitions(text, node, f"{prefix}{node.name}.")
+        name = prefix + node.name
+        inner = definitions(text, node, f"{name}.")
         whole = ast.get_source_segment(text, node)
         for child in node.body:
-            if isinstance(child, ast.FunctionDef):
+            if isinstance(child, ast.FunctionDef | ast.ClassDef):
                 whole = whole.replace(ast.get_source_segment(text, child), "")
-        if node.name == "train":
-            names = ["set-up", *(banner.partition(":")[0] for banner in BANNER.findall(whole))]
-            parts = BANNER.split(whole)[::2]
-            found |= {f"train: {name}": part for name, part in zip(names, parts, strict=True)}
-        elif isinstance(node, ast.FunctionDef) or not inner:
-            found[prefix + node.name] = whole
+        if name == "train":
+            whole, *rest = BANNER.split(whole)
+            for banner, section in zip(rest[::2], rest[1::2], strict=True):
+                title = banner if banner.startswith("set-up") else banner.partition(":")[0]
+                found[f"train: {title}"] = section
+        if name != "Args":
+            found[name] = whole
         found |= inner
     return found
 
 
-@pytest.mark.parametrize("script", SIBLINGS)
-def test_shared_definitions_are_the_same_to_the_letter_and_in_the_same_order(script):
-    ours, theirs = definitions(source("ppo.py")), definitions(source(script))
+def fields(script):
+    """The flags and their types."""
+    (args,) = (node for node in ast.parse(source(script)).body if getattr(node, "name", None) == "Args")
+    return {node.target.id: ast.unparse(node.annotation) for node in args.body if isinstance(node, ast.AnnAssign)}
+
+
+@pytest.mark.parametrize(("script", "other"), PAIRS)
+def test_shared_definitions_are_the_same_to_the_letter_and_in_the_same_order(script, other):
+    ours, theirs = definitions(source(other)), definitions(source(script))
     shared = [name for name in ours if name in theirs]
-    assert {"UsageError", "Args.__post_init__", "compute_gae", "save_checkpoint", "train.request_stop"} < set(shared)
-    assert {name for name in shared if ours[name] != theirs[name]} == DIFFERENT[script]
-    assert ours.keys() - theirs.keys() == LACKING.get(script, set())
+    assert {name for name in shared if ours[name] != theirs[name]} == DIFFERENT[script, other]
+    assert ours.keys() - theirs.keys() == LACKING.get((script, other), set())
     assert [name for name in theirs if name in ours] == shared
 
 
-@pytest.mark.parametrize("script", SIBLINGS)
-def test_sections_and_shared_flags_are_in_the_same_order(script):
+@pytest.mark.parametrize("script", ["ppo", *(script for script, _ in PAIRS)])
+def test_the_loss_and_the_saving_are_the_same_in_all_scripts(script):
+    """To the letter; but for Atari, the gradient step, too. All of it is found where a reader expects it."""
+    ours, theirs = definitions(source("ppo")), definitions(source(script))
+    same = {"Args.__post_init__", "layer_init", "compute_gae", "ppo_loss", "StopSignals.handle", "save_checkpoint"}
+    same |= {"load_checkpoint", "make_seed", "main"} | (set() if "atari" in script else {"train.update"})
+    assert {name for name in same if ours[name] == theirs[name]} == same
+
+
+@pytest.mark.parametrize(("script", "other"), PAIRS)
+def test_sections_and_shared_flags_are_in_the_same_order(script, other):
     """The flags have the same types, too."""
-
-    def fields(text):
-        (args,) = (node for node in ast.parse(text).body if getattr(node, "name", None) == "Args")
-        return {node.target.id: ast.unparse(node.annotation) for node in args.body if isinstance(node, ast.AnnAssign)}
-
-    assert BANNER.findall(source(script)) == BANNER.findall(source("ppo.py"))
-    assert len(BANNER.findall(source(script))) == 4
-    ours, theirs = fields(source("ppo.py")), fields(source(script))
+    assert BANNER.findall(source(script)) == BANNER.findall(source(other))
+    assert len(BANNER.findall(source(script))) >= 7
+    ours, theirs = fields(other), fields(script)
     shared = [(name, kind) for name, kind in ours.items() if name in theirs]
     assert [(name, kind) for name, kind in theirs.items() if name in ours] == shared
-    assert ours.keys() - theirs.keys() <= {"async_envs", "compile"}
+    lacking = {"ppo_lstm": {"compile"}, "ppo_atari": {"async_envs"}}
+    assert ours.keys() - theirs.keys() == lacking.get(script, set())
 
 
-@pytest.mark.parametrize(("script", "most"), [("ppo_continuous_action.py", 120), ("ppo_lstm.py", 190)])
-def test_siblings_are_small_diffs(script, most):
-    diff = subprocess.run(["diff", ROOT / "ppo.py", ROOT / script], capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("script", "other", "most"),
+    [
+        ("ppo_continuous_action", "ppo", 160),
+        ("ppo_lstm", "ppo", 190),
+        ("ppo_atari", "ppo", 480),
+        ("ppo_atari_multigpu", "ppo_atari", 90),
+    ],
+)
+def test_siblings_are_small_diffs(script, other, most):
+    files = [ROOT / f"{name}.py" for name in (other, script)]
+    diff = subprocess.run(["diff", *files], capture_output=True, text=True)
     changed = re.findall(r"^[<>]", diff.stdout, re.MULTILINE)
     assert 0 < len(changed) <= most

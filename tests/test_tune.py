@@ -11,7 +11,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import optuna
 import pytest
-from helpers import ROOT, alive, curves, descendants, finish, load, wait_until
+from helpers import ROOT, alive, curves, descendants, finish, load, train, wait_until
 from matplotlib.image import imread
 from optuna.trial import TrialState
 
@@ -96,7 +96,7 @@ def toy(*flags) -> list:
 # ------------------------------------------------------------------------------------ whole studies
 def test_a_study_of_ppo_end_to_end(command_line):
     """Values are those of the event files, and the best line does the same when pasted."""
-    flags = ["--script", ROOT / "ppo.py", "--n-trials", 2, "--seeds", 1, 2, "--confirm", 0]
+    flags = ["--script", ROOT / "ppo.py", "--n-trials", 2, "--seeds", 2, "--confirm", 0]
     flags += ["--space", "learning_rate=log:1e-3:1e-2", "ent_coef"]
     fixed = ["--", "--total-timesteps", 1024, "--eval-episodes", 1]
     code, out, err = command_line(*flags, *fixed, script=tune)
@@ -107,29 +107,36 @@ def test_a_study_of_ppo_end_to_end(command_line):
     assert trials[0].user_attrs["flags"] == "" and trials[0].params == {"learning_rate": 1e-3, "ent_coef": 0.0}
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 2
     for trial in trials:
-        returns = []
-        for seed in (1, 2):
-            (run,) = (folder / f"trial-{trial.number}" / f"CartPole-v1__seed-{seed}" / "runs").iterdir()
-            made_with = load(run)["args"]
-            assert made_with["seed"] == seed and made_with["total_timesteps"] == 1024
-            for name, value in trial.params.items():
-                assert made_with[name] == pytest.approx(value, rel=1e-3), "rounded to four digits"
-            logged, episodes = curves(run), []
-            number = dict(logged["charts/episodes"])
-            for step, mean in logged["charts/episodic_return"]:
-                episodes += [mean] * int(number[step])
-            returns.append(np.mean(episodes[-100:]))
-        assert trial.user_attrs["scores"] == pytest.approx(returns)
-        assert trial.value == pytest.approx(np.mean(returns))
-        assert trial.intermediate_values[2048] == trial.value
+        (run,) = (folder / f"trial-{trial.number}" / "CartPole-v1__seed-2" / "runs").iterdir()
+        made_with = load(run)["args"]
+        assert made_with["seed"] == 2 and made_with["total_timesteps"] == 1024
+        for name, value in trial.params.items():
+            assert made_with[name] == pytest.approx(value, rel=1e-3), "rounded to four digits"
+        logged, episodes = curves(run), []
+        number = dict(logged["charts/episodes"])
+        for step, mean in logged["charts/episodic_return"]:
+            episodes += [mean] * int(number[step])
+        assert trial.value == pytest.approx(np.mean(episodes[-100:]))
+        assert trial.user_attrs["scores"] == [trial.value] and trial.intermediate_values[1024] == trial.value
 
     best = max(trials, key=lambda trial: trial.value)
     line = next(line for line in out.splitlines() if line.startswith("    python "))
-    subprocess.run([sys.executable, *shlex.split(line)[1:], "--seed", "1"], check=True, capture_output=True)
-    (pasted,) = Path("runs").glob("CartPole-v1__ppo__1__*")
-    (trained,) = (folder / f"trial-{best.number}" / "CartPole-v1__seed-1" / "runs").iterdir()
+    subprocess.run([sys.executable, *shlex.split(line)[1:], "--seed", "2"], check=True, capture_output=True)
+    (pasted,) = Path("runs").glob("CartPole-v1__ppo__2__*")
+    (trained,) = (folder / f"trial-{best.number}" / "CartPole-v1__seed-2" / "runs").iterdir()
     assert curves(pasted) == curves(trained)
     assert f"The best flags, trial {best.number}" in out and line in (folder / "report.md").read_text()
+
+
+def test_a_trial_ends_although_its_evaluation_never_would(command_line):
+    """The greedy policy walks against a wall of CliffWalking-v1, which has no time limit."""
+    flags = ["--script", ROOT / "ppo.py", "--env-id", "CliffWalking-v1", "--space", "gamma"]
+    flags += ["--n-trials", 1, "--seeds", 1, "--confirm", 0, "--", "--total-timesteps", 16384]
+    result = command_line(*flags, "--learning-rate", 1e-5, "--update-epochs", 1, "--eval-episodes", 1, script=tune)
+    assert result.code == 0, result.err
+    assert [trial.state for trial in trials_of("ppo__CliffWalking-v1")] == [TrialState.COMPLETE]
+    (output,) = Path("runs/ppo__CliffWalking-v1/trial-0").glob("*/output.txt")
+    assert "stopped after 20,000 steps" in output.read_text()
 
 
 def test_pictures(command_line, monkeypatch):
@@ -210,15 +217,22 @@ def test_sizes_that_cannot_run_are_not_run(command_line):
         assert Path("runs", "toy__Toy-v0", f"trial-{trial.number}").exists() == fits
 
 
-@pytest.mark.parametrize(("skill", "words"), [(0.9, "is significantly better"), (0.49, "was better")])
-def test_the_best_is_confirmed_on_new_seeds(command_line, skill, words):
-    """The toy's return is 100 * skill + seed: 2 of the 70 ways to divide the 8 returns are as extreme."""
+VERDICTS = [(0.9, "is significantly better", "0.029"), (0.53, "is not significantly better", "0.057")]
+
+
+@pytest.mark.parametrize(("skill", "words", "p_value"), [*VERDICTS, (0.49, "No trial was better", "")])
+def test_the_best_is_confirmed_on_new_seeds(command_line, monkeypatch, skill, words, p_value):
+    """The toy's return is 100 * skill + seed: 2 or 4 of the 70 ways to divide the 8 returns are as extreme.
+
+    These runs are not stopped early, whatever the others are.
+    """
+    monkeypatch.setattr(tune, "MIN_OTHERS", 1)
     flags = ["--script", "toy.py", "--n-trials", 2, "--seeds", 1, 2, "--space", f"skill=float:{skill - 0.001}:{skill}"]
     result = command_line(*flags, "--confirm", 4, "--n-jobs", 2, script=tune)
     assert result.code == 0, result.err
-    assert words in result.out and ("p = 0.029" in result.out) == (skill == 0.9)
+    assert words in result.out and (f"p = {p_value}." in result.out) == bool(p_value)
     seeds = {path.name for path in Path("runs", "toy__Toy-v0").glob("confirm*/*/*")}
-    assert seeds == ({f"Toy-v0__seed-{seed}" for seed in (3, 4, 5, 6)} if skill == 0.9 else set())
+    assert seeds == ({f"Toy-v0__seed-{seed}" for seed in (3, 4, 5, 6)} if p_value else set())
     assert len(list(Path("runs", "toy__Toy-v0").glob("confirm*/*/*"))) == 2 * len(seeds)
     again = command_line("--report", "toy__Toy-v0", script=tune)
     assert again.code == 0 and result.out.partition("# toy")[2] == again.out.partition("# toy")[2]
@@ -239,6 +253,37 @@ def test_a_hopeless_trial_is_ended_with_all_its_processes(command_line, monkeypa
     for pids in Path("runs", "toy__Toy-v0").rglob("pids"):
         assert not any(alive(int(pid)) for pid in pids.read_text().split())
     assert not list(Path("runs", "toy__Toy-v0").glob("trial-[12]/*seed-2"))
+
+
+def test_a_trial_below_the_median_of_the_others_is_stopped(command_line, monkeypatch):
+    """Once enough of them are there. Each value is the mean of the last 100 episodes, here of two events and a half."""
+    monkeypatch.setattr(tune, "MIN_OTHERS", 3)
+    skills = [0.5, 5.0, 0.1, 0.7, 0.2, 0.6]
+    toy_py = TOY.replace("episodes=200", "episodes=40").replace("else args.skill", f"else {skills}[trial]")
+    trial = "trial = int(os.getcwd().partition('/trial-')[2].partition('/')[0])\n"
+    Path("toy.py").write_text(toy_py.replace("for tenth in", f"{trial}for tenth in"))
+    result = command_line(*toy("--n-trials", 6, *SKILL), script=tune)
+    assert result.code == 0, result.err
+    trials = trials_of("toy__Toy-v0")
+    stopped = [trial.number for trial in trials if trial.state == TrialState.PRUNED]
+    assert stopped == [4], "0.7 is above the median of 0.5, 5, 0.1 and itself, 0.2 is below, 0.6 again above"
+    for trial, skill in zip(trials, skills, strict=True):
+        means = {250: 15 * skill + 1, 500: (4 * 50 + 4 * 40 + 2 * 30) * skill / 10 + 1, 1000: 92 * skill + 1}
+        seen = {step: value for step, value in trial.intermediate_values.items() if step in means}
+        assert seen == pytest.approx({250: means[250]} if trial.number == 4 else means)
+        assert trial.number == 4 or trial.value == seen[1000]
+
+
+def test_the_defaults_are_never_stopped(command_line, monkeypatch):
+    """They are compared with a trial that was better at every step: it ran while they waited."""
+    monkeypatch.setattr(tune, "MIN_OTHERS", 1)
+    wait = "while args.skill == 0.5 and not os.path.exists('../../trial-2'):\n    time.sleep(0.01)\n"
+    Path("toy.py").write_text(TOY.replace("for tenth in", f"{wait}for tenth in"))
+    result = command_line(*toy("--n-trials", 3, "--n-jobs", 2, "--space", "skill=float:0.6:1"), script=tune)
+    assert result.code == 0, result.err
+    default, other, _ = trials_of("toy__Toy-v0")
+    assert "defaults" in default.user_attrs and default.value < other.value
+    assert default.state == TrialState.COMPLETE
 
 
 @pytest.mark.parametrize("num_tasks", [1, 2])
@@ -357,13 +402,12 @@ def test_flags_and_defaults_are_read_from_the_help(scripts):
     assert {name: scripts["ppo"].defaults[name] for name in known} == known
     words = scripts["ppo"].words({"clip_vloss": False, "gamma": 0.9, "target_kl": None, "anneal_lr": True})
     assert words == ["--no-clip-vloss", "--gamma=0.9", "--target-kl=None", "--anneal-lr"]
-    fixed = tune.Script(ROOT / "ppo.py", ["--no_anneal-lr", "--gamma=0.9", "--total_timesteps", "1_000"]).fixed
-    assert fixed.keys() == {"anneal_lr", "gamma", "total_timesteps"} and fixed["total_timesteps"] == 1000
     toy = {"env_id": "Toy-v0", "seed": 1, "total_timesteps": 1000, "skill": 0.5, "delay": 0.0, "fail": "no"}
     assert scripts["toy"].defaults == toy
     text = (ROOT / "ppo.py").read_text().replace("    device: str", "    my_width: int = 64  # new\n    device: str", 1)
     Path("fork.py").write_text(text)
-    fork = tune.Script(Path("fork.py"), [])
+    fork = tune.Script(Path("fork.py"), ["--no_anneal-lr", "--gamma=0.9", "--total_timesteps", "1_000"])
+    assert fork.fixed.keys() == {"anneal_lr", "gamma", "total_timesteps"} and fork.fixed["total_timesteps"] == 1000
     assert fork.flags["my_width"] == "--my-width" and fork.defaults["my_width"] == 64
 
 
@@ -384,16 +428,15 @@ def test_the_search_space(scripts):
 def test_what_can_run_runs(scripts, sizes):
     sizes = dict(zip(("num_envs", "num_steps", "num_minibatches"), sizes, strict=True))
     try:
-        ppo.Args(**sizes)
-        good = sizes["num_envs"] * sizes["num_steps"] >= 2 * sizes["num_minibatches"]
+        good = train(**sizes, total_timesteps=1, update_epochs=1, eval_episodes=0).is_dir()
     except ppo.UsageError:
         good = False
     assert scripts["ppo"].can_run(sizes, 9999) == good
 
 
-def test_reference_scores():
+def test_reference_scores(scripts):
     """All of them are known, and 0 is below 1."""
     args = tune.Args(env_ids=tuple(f"{entry.partition('=')[0]}@10" for entry in tune.REFERENCES.split()))
-    tasks = tune.read_tasks(args, tune.Script(ROOT / "ppo.py", []))
+    tasks = tune.read_tasks(args, scripts["toy"])
     assert len(tasks) == 13 and all(task.score(task.low) == 0 and task.score(task.high) == 1 for task in tasks)
     assert all(task.score(-1e9) == -0.5 and task.score(1e9) == 1.1 for task in tasks)
