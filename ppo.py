@@ -365,7 +365,7 @@ def train(args):
     flags = [f"    {name}: {value}" for name, value in vars(args).items()]
     writer.add_text("hyperparameters", "\n".join(flags))
     total_steps = num_iterations * batch_size
-    print(f"{run_dir}: steps {global_step:,} to {total_steps:,}, {batch_size:,} per iteration")
+    print(f"{run_dir}: steps {global_step:,} to {total_steps:,} by {batch_size:,}", flush=True)
     if global_step >= total_steps:
         print("this run is finished; a larger --total-timesteps extends it")
     iteration_start = time.monotonic()
@@ -545,7 +545,8 @@ def flattenable_part(space):
     if isinstance(space, spaces.Dict):
         parts = {name: flattenable_part(part) for name, part in space.items()}
         for name in [name for name in parts if parts[name] is None]:
-            print_once(f"left out of the observations: {name}")
+            if not isinstance(space[name], spaces.Dict):  # whose parts have been named
+                print_once(f"left out of the observations: {name}")
             del parts[name]
         return spaces.Dict(parts) if parts else None
     if isinstance(space, spaces.Tuple):
@@ -604,7 +605,8 @@ def save_checkpoint(run_dir, args, agent, optimizer, global_step):
         "global_step": global_step,
         "rng_state": torch.get_rng_state(),
     }
-    torch.save(checkpoint, run_dir / "checkpoint.tmp")
+    with open(run_dir / "checkpoint.tmp", "wb") as file:  # raises OSError if the disk is full
+        torch.save(checkpoint, file)
     os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
 
 
@@ -628,8 +630,8 @@ def load_checkpoint(run, agent=None):
 def load_agent(run):
     """Load the agent of a run, e.g. `runs/RUN`. Raises UsageError."""
     envs = make_envs(replace(load_checkpoint(run)["args"], async_envs=False), num_envs=1)
-    agent = Agent(envs)
-    envs.close()
+    with closing_envs(envs):
+        agent = Agent(envs)
     load_checkpoint(run, agent)
     return agent
 

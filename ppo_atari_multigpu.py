@@ -380,7 +380,7 @@ def train(args):
         writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # hides what is later
         flags = [f"    {name}: {value}" for name, value in vars(args).items()]
         writer.add_text("hyperparameters", "\n".join(flags))
-        print(f"{run_dir}: steps {global_step:,} to {total_steps:,}, {batch_size:,} per iteration")
+        print(f"{run_dir}: steps {global_step:,} to {total_steps:,} by {batch_size:,}", flush=True)
         if global_step >= total_steps:
             print("this run is finished; a larger --total-timesteps extends it")
     iteration_start = time.monotonic()
@@ -596,7 +596,8 @@ def save_checkpoint(run_dir, args, agent, optimizer, global_step):
         "global_step": global_step,
         "rng_state": torch.get_rng_state(),
     }
-    torch.save(checkpoint, run_dir / "checkpoint.tmp")
+    with open(run_dir / "checkpoint.tmp", "wb") as file:  # raises OSError if the disk is full
+        torch.save(checkpoint, file)
     os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
 
 
@@ -620,8 +621,8 @@ def load_checkpoint(run, agent=None):
 def load_agent(run):
     """Load the agent of a run, e.g. `runs/RUN`. Raises UsageError."""
     envs = make_envs(load_checkpoint(run)["args"], num_envs=1)
-    agent = Agent(envs)
-    envs.close()
+    with closing(envs):
+        agent = Agent(envs)
     load_checkpoint(run, agent)
     return agent
 

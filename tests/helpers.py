@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 import ppo
 
@@ -21,6 +22,10 @@ LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad
 SMALL = {"num_envs": 4, "num_steps": 128, "num_minibatches": 4, "update_epochs": 4}  # iterations of 512 steps
 SMALL_FLAGS = ("--num-envs", 4, "--num-steps", 128, "--num-minibatches", 4, "--update-epochs", 4)
 PATIENCE = 180  # seconds after which something counts as hanging
+
+# TensorBoard reads event files in the order of their names. Within a second, those of a process differ in a number at
+# the end, which begins at 0: the 10th would come before the 9th.
+event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
 
 
 class Result(NamedTuple):
@@ -33,7 +38,8 @@ class Result(NamedTuple):
 
 def environment(**changes) -> dict[str, str]:
     """The environment variables for a process that imports the scripts and probe_envs."""
-    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", **changes}
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return {**variables, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", **changes}
 
 
 def spawn(*flags: object, setup: str = "", script: str = "ppo", processes: int = 1) -> subprocess.Popen:

@@ -1,12 +1,14 @@
 """Small environments with known answers, for the tests, e.g. `--env-id probe_envs:Constant-v0`."""
 
 import os
+import random
 import signal
 import time
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.envs.classic_control import CartPoleEnv
 from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiBinary, MultiDiscrete, Sequence, Tuple
 
@@ -175,8 +177,8 @@ class Faulty(gym.Env):
     action_space = Discrete(2)
     steps = 0
 
-    def __init__(self, what, at, seed=None, delay=0.0):
-        self.what, self.at, self.seed, self.delay = what, at, seed, delay
+    def __init__(self, what, at, seed=None):
+        self.what, self.at, self.seed = what, at, seed
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -186,12 +188,14 @@ class Faulty(gym.Env):
         return np.zeros(2, np.float32), {}
 
     def step(self, action):
-        time.sleep(self.delay)
         self.count += 1
         self.steps += 1
         now = self.steps == self.at
         if now and self.what == "exception":
             raise ZeroDivisionError("the environment has a bug")
+        if now and self.what == "hang":
+            Path(f"hangs-{os.getpid()}").touch()
+            time.sleep(10**6)
         if now and self.what == "death":  # as when the system runs out of memory
             os.kill(os.getpid(), signal.SIGKILL)
         bad = self.what if now else ""
@@ -233,6 +237,10 @@ class Spaces(gym.Env):
         "sequence": Sequence(Discrete(2)),
         "text in dict": Dict(mission=Text(), speed=Box(-1, 1, (2,), np.float32)),
         "graph in dict": Dict(graph=Graph(Box(-1, 1, (2,)), None), speed=Box(-1, 1, (2,), np.float32)),
+        "nested": Dict(inner=Dict(list=Sequence(Discrete(2)), door=Discrete(3)), speed=Box(-1, 1, (2,), np.float32)),
+        "nested whole": Dict(inner=Dict(list=Sequence(Discrete(2))), speed=Box(-1, 1, (2,), np.float32)),
+        "nothing left": Dict(inner=Dict(list=Sequence(Discrete(2)))),
+        "text in tuple": Tuple((Discrete(2), Text())),
     }
     action_spaces = {  # noqa: RUF012
         "discrete": Discrete(3),
@@ -267,6 +275,139 @@ class Spaces(gym.Env):
         return self.observation_space.sample(), 1.0, self.count == 10, False, {}
 
 
+class Ten(gym.Env):
+    """Ten steps. The observation is the share of the steps that are done, and 1; the reward is the action.
+
+    reset() takes no options.
+    """
+
+    observation_space = Box(-1, 1, (2,), np.float32)
+    action_space = Discrete(2)
+
+    def observe(self):
+        return np.array([self.count / 10, 1], np.float32)
+
+    def reward(self, action):
+        return float(action)
+
+    def info(self):
+        return {}
+
+    def reset(self, *, seed=None, options=None):
+        assert options is None
+        super().reset(seed=seed)
+        self.count = 0
+        return self.observe(), self.info()
+
+    def step(self, action):
+        self.count += 1
+        return self.observe(), self.reward(action), self.count == 10, False, self.info()
+
+
+class Info(Ten):
+    """`kind` says what differs between the infos of two copies, and of two steps."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def info(self):
+        n = int(self.np_random.integers(1, 5))
+        return {
+            "shape": {"moves": np.arange(n)},
+            "number": {"target": None if n < 3 else n},
+            "array": {"target": n if n < 3 else np.zeros(n)},
+            "dict": {"target": {"x": n} if n < 3 else None},
+            "type": {"target": "left" if n < 3 else n},
+            "keys": {str(n): n},
+        }[self.kind]
+
+
+class BadEnd(Ten):
+    """The last observation of an episode holds `value`."""
+
+    def __init__(self, value):
+        self.value = float(value)
+
+    def observe(self):
+        return np.array([self.value if self.count == 10 else 0, 1], np.float32)
+
+
+class Prices(Ten):
+    """A copy changes the list that it is given: with prices=[1], the rewards of an episode are 2, 3, ..., 11."""
+
+    def __init__(self, prices):
+        self.prices = prices
+
+    def reset(self, **kwargs):
+        self.prices[0] = 1
+        return super().reset(**kwargs)
+
+    def reward(self, action):
+        self.prices[0] += 1
+        return float(self.prices[0])
+
+
+class Global(Ten):
+    """Observes a number of a global generator, `random` or `numpy`; or of a RandomState with the seed, `state`."""
+
+    draw = staticmethod(random.random)
+
+    def __init__(self, source):
+        self.source = source
+
+    def reset(self, *, seed=None, options=None):
+        if self.source == "numpy":
+            self.draw = np.random.random
+        elif self.source == "state" and seed is not None:
+            self.draw = np.random.RandomState(seed).random
+        self.goal = self.draw()
+        return super().reset(seed=seed, options=options)
+
+    def observe(self):
+        return np.array([self.count / 10, self.goal], np.float32)
+
+    def reward(self, action):
+        return self.draw()
+
+
+class Torch(Ten):
+    """The reward, 2, is a gradient."""
+
+    def reward(self, action):
+        x = torch.ones(1, requires_grad=True)
+        (2 * x).backward()
+        return x.grad.item()
+
+
+class WrongShape(Ten):
+    """Observations of a shape that the space does not have."""
+
+    observation_space = Box(-1, 1, (3,), np.float32)
+
+    def observe(self):
+        return np.array([self.count / 10], np.float32)
+
+
+class Endless(Ten):
+    """Never ends. The brightness of a frame is a tenth of the number of steps. close() fails, if `close` is set."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # noqa: RUF012
+
+    def __init__(self, close=False, render_mode=None):
+        self.fails, self.render_mode = close, render_mode
+
+    def step(self, action):
+        self.count += 1
+        return np.ones(2, np.float32), 1.0, False, False, {}
+
+    def render(self):
+        return np.full((16, 16, 3), self.count // 10 % 256, np.uint8)
+
+    def close(self):
+        if self.fails:
+            raise ZeroDivisionError("close() has a bug")
+
+
 class Diary(CartPoleEnv):
     """CartPole that appends the return and the length of each episode to diary.txt."""
 
@@ -288,5 +429,7 @@ class Diary(CartPoleEnv):
 
 for name, (observations, reward) in ONE_STEP.items():
     gym.register(f"{name}-v0", OneStep, kwargs={"observations": observations, "reward": reward})
-for env in (Target, Chain, Recall, ContinuousChain, Numbered, ContinuousNumbered, Faulty, Spaces, Diary):
+ENVIRONMENTS = (Target, Chain, Recall, ContinuousChain, Numbered, ContinuousNumbered, Faulty, Spaces, Diary)
+ENVIRONMENTS += (Ten, Info, BadEnd, Prices, Global, Torch, WrongShape, Endless)
+for env in ENVIRONMENTS:
     gym.register(f"{env.__name__}-v0", env)

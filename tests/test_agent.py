@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -40,37 +39,37 @@ def test_orthogonal_initialization(agent, network):
 
 
 def test_actions_are_sampled_from_the_softmax_of_the_logits(decided):
-    """Frequencies of 100,000 samples for each of 3 observations, within 5 standard errors."""
+    """Frequencies of 100,000 samples for each of 3 observations, within 5 standard errors; no sample tells another."""
     draws, observations = 100_000, torch.tensor([[1.0, 0, 0, 0], [-0.5, -1.0, 0, 0.5], [0, 0, 2.0, -1.0]])
-    noise = decided.sample_noise(draws, 3)
-    assert noise.shape == (draws, 3, 2)
     with torch.no_grad():
         expected = decided.actor(observations).softmax(-1)[:, 1]
-        actions = decided.act(observations, noise)
+        actions = decided.act(observations.repeat(draws, 1)).view(draws, 3)
     assert actions.dtype == torch.int64
     errors = (expected * (1 - expected) / draws).sqrt()
     assert ((actions.double().mean(0) - expected).abs() < 5 * errors).all()
     assert ((expected - 0.5).abs() > 20 * errors).all(), "uniform actions would pass"
+    neighbours = torch.cat([actions[1:], actions[:-1]], dim=1).T.double()
+    assert (torch.corrcoef(neighbours) - torch.eye(6)).abs().max() < 5 / math.sqrt(draws)
 
 
-def test_noise_is_standard_gumbel_and_independent(agent):
-    """The mean is Euler's constant, the variance pi^2 / 6; columns are uncorrelated."""
-    noise = agent.sample_noise(50_000, 2).flatten(1).double()
-    assert noise.isfinite().all()
-    assert noise.mean(0) == pytest.approx(np.full(4, 0.5772), abs=5 * math.sqrt(math.pi**2 / 6 / 50_000))
-    assert noise.var(0) == pytest.approx(np.full(4, math.pi**2 / 6), rel=0.05)
-    assert (torch.corrcoef(noise.T) - torch.eye(4)).abs().max() < 5 / math.sqrt(50_000)
+def test_samples_depend_on_the_seed_of_torch_alone(agent):
+    observations, samples = torch.zeros(100, 4), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        samples.append(agent.act(observations))
+    assert torch.equal(samples[0], samples[1])
+    assert not torch.equal(samples[0], samples[2])
 
 
 def test_agrees_with_torch_distributions(decided):
     """Log-probabilities, entropies and values of a rollout [T, N], and the greedy actions."""
     observations, actions = torch.randn(50, 3, 4), torch.randint(2, (50, 3))
-    logprobs, entropies, values = decided(observations, actions)
+    logprobs, entropies, values = decided.evaluate_actions({"observations": observations, "actions": actions})
     distribution = torch.distributions.Categorical(logits=decided.actor(observations))
     torch.testing.assert_close(logprobs, distribution.log_prob(actions))
     torch.testing.assert_close(entropies, distribution.entropy())
     torch.testing.assert_close(values, decided.critic(observations)[..., 0])
     torch.testing.assert_close(values, decided.value(observations))
     assert values.shape == (50, 3)
-    assert torch.equal(decided.act(observations), distribution.mode)
+    assert torch.equal(decided.act(observations, greedy=True), distribution.mode)
     assert len(distribution.mode.unique()) == 2

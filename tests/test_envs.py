@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -47,6 +48,7 @@ def spaces(**kwargs):
         (spaces(observations="tuple"), 2 + 3),
         (spaces(observations="text in dict"), 2),
         (spaces(observations="graph in dict"), 2),
+        (spaces(observations="nested"), 3 + 2),
     ],
 )
 def test_supported_observation_spaces(flags, num_inputs):
@@ -55,12 +57,18 @@ def test_supported_observation_spaces(flags, num_inputs):
     assert agent.actor[0].in_features == agent.critic[0].in_features == num_inputs
 
 
-@pytest.mark.parametrize(("observations", "entry"), [("text in dict", "mission"), ("graph in dict", "graph")])
-def test_entries_that_cannot_be_flattened_are_named_in_one_line(observations, entry, capsys):
-    assert ppo.make_envs(ppo.Args(**spaces(observations=observations)), 3).single_observation_space.shape == (2,)
-    (line,) = capsys.readouterr().out.splitlines()
-    assert entry in line
-    assert "speed" not in line
+def test_an_observation_is_the_vector_of_gymnasium():
+    """Of float32, with the parts in gymnasium's order, and without the part that has no vector."""
+    env, parts = ppo.make_envs(ppo.Args(**spaces(observations="nested")), 1), []
+    observe = Spaces.observation_spaces["nested"].sample
+    Spaces.observation_spaces["nested"].seed(1)
+    for _ in range(10):
+        parts.append(observe())
+    (first,), _ = env.reset(seed=1)
+    rows = [first, *(env.step(np.array([0]))[0][0] for _ in range(9))]
+    for row, part in zip(rows, parts, strict=True):
+        assert row.dtype == np.float32
+        np.testing.assert_array_equal(row, [*np.eye(3)[part["inner"]["door"]], *part["speed"]])
 
 
 @pytest.mark.parametrize(("actions", "allowed"), [("shifted", {5, 6, 7}), ("negative", {-1, 0, 1}), ("single", {0})])
@@ -80,22 +88,29 @@ def test_actions_start_where_the_space_does(actions, allowed, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
-        (spaces(observations="image"), "ppo_atari.py"),
-        (spaces(observations="grey image"), "ppo_atari.py"),
+        (spaces(observations="image"), "docs/forks.md"),
+        (spaces(observations="grey image"), "docs/forks.md"),
+        (spaces(observations="sequence"), "cannot be flattened"),
+        (spaces(observations="nothing left"), "cannot be flattened"),
+        (spaces(observations="text in tuple"), "cannot be flattened"),
         (spaces(actions="multidiscrete"), "MultiDiscrete"),
         ({"env_id": "Pendulum-v1"}, "ppo_continuous_action.py"),
     ],
 )
 @pytest.mark.parametrize("async_envs", [False, True])
-def test_unsupported_spaces_are_refused(flags, word, async_envs):
+def test_unsupported_spaces_are_refused_and_leave_no_folder(flags, word, async_envs):
     with pytest.raises(ppo.UsageError, match=word):
         train(**flags, async_envs=async_envs)
+    assert not list(Path("runs").iterdir())
 
 
 def test_env_kwargs_reach_the_environment():
-    """Python literals as such, anything else as a string."""
-    args = ppo.Args("FrozenLake-v1", env_kwargs=("map_name=8x8", "is_slippery=False"))
-    assert ppo.make_envs(args, 1).envs[0].spec.kwargs == {"map_name": "8x8", "is_slippery": False}
+    """Python literals as such, true, false and none in any case, anything else as a string."""
+    values = {"8x8": "8x8", "False": False, "true": True, "FALSE": False, "none": None, "None": None, "": ""}
+    values |= {"1e-3": 0.001, "'true'": "true", "[1,2]": [1, 2], "1,2": (1, 2), "{'a':1}": {"a": 1}, "a,b": "a,b"}
+    for text, value in values.items():
+        envs = ppo.make_envs(ppo.Args("probe_envs:Info-v0", env_kwargs=(f"kind={text}",)), 1)
+        assert envs.envs[0].spec.kwargs == {"kind": value}
 
 
 @pytest.mark.parametrize("async_envs", [False, True])
@@ -106,27 +121,37 @@ def test_batches_hold_the_transitions(reuse, async_envs, monkeypatch):
 
     After the last step of an episode the next observation is the true last one, not the first of the next episode.
     """
-    gae_inputs, batches = [], []
-    compute_gae, index_select = ppo.compute_gae, torch.Tensor.index_select
+    gae_inputs, batches, taken = [], [], []
+    compute_gae, ppo_loss = ppo.compute_gae, ppo.ppo_loss
+    vector_class = gym.vector.AsyncVectorEnv if async_envs else gym.vector.SyncVectorEnv
+    step = vector_class.step
 
     def recording_gae(*inputs):
         gae_inputs.append([np.copy(x) for x in inputs])
         return compute_gae(*inputs)
 
-    def recording_index_select(x, dim, indices):
-        batches.append(x.clone())
-        return index_select(x, dim, indices)
+    def recording_loss(agent, args, batch):
+        batches.append({name: x.clone() for name, x in batch.items()})
+        return ppo_loss(agent, args, batch)
 
+    def recording_step(self, actions):
+        taken.append(np.copy(actions))
+        return step(self, actions)
+
+    monkeypatch.setattr(vector_class, "step", recording_step)
     monkeypatch.setattr(ppo, "compute_gae", recording_gae)
-    monkeypatch.setattr(torch.Tensor, "index_select", recording_index_select)
+    monkeypatch.setattr(ppo, "ppo_loss", recording_loss)
+    monkeypatch.setattr(torch, "randperm", torch.arange)  # the only minibatch is the batch in its order
     flags = {"num_envs": 3, "num_steps": 20, "total_timesteps": 180, "num_minibatches": 1, "update_epochs": 1}
     flags["learning_rate"] = 1e-30  # the weights stay as they are
     env_kwargs = (f"reuse={reuse}",)
-    run_dir = train(env_id="probe_envs:Numbered-v0", env_kwargs=env_kwargs, async_envs=async_envs, **flags)
+    run_dir = train(
+        env_id="probe_envs:Numbered-v0", env_kwargs=env_kwargs, async_envs=async_envs, **flags, eval_episodes=0
+    )
     agent, args = ppo.load_agent(run_dir), ppo.Args()
     assert len(gae_inputs) == 3
-    assert len(batches) == 3 * 6
-    names = batches[0][:3, 0].int().tolist()
+    assert len(batches) == 3
+    names = batches[0]["observations"][:3, 0].int().tolist()
     assert len(set(names)) == 3, "each environment has its own seed"
     played = [Numbered.simulate(name, 60) for name in names]
     for iteration in range(3):
@@ -140,14 +165,20 @@ def test_batches_hold_the_transitions(reuse, async_envs, monkeypatch):
         for actual, x in zip(gae_inputs[iteration], expected, strict=True):
             np.testing.assert_allclose(actual, np.asarray(x), rtol=1e-5, atol=1e-5)
 
-        b_observations, b_actions, *batch = batches[6 * iteration : 6 * (iteration + 1)]
-        assert torch.equal(b_observations, observations.float().flatten(0, 1))
-        logits = agent.actor(b_observations).detach()
-        logprobs = torch.distributions.Categorical(logits=logits).log_prob(b_actions)
+        batch = batches[iteration]
+        logits = agent.actor(observations.float().flatten(0, 1)).detach()
         advantages = torch.as_tensor(compute_gae(*gae_inputs[iteration])).flatten()
-        expected = logprobs, values.flatten(), advantages, advantages + values.flatten()
-        for actual, x in zip(batch, expected, strict=True):
-            np.testing.assert_allclose(actual, x, rtol=1e-5, atol=1e-5)
+        expected = {
+            "observations": observations.float().flatten(0, 1),
+            "actions": np.concatenate(taken[20 * iteration : 20 * (iteration + 1)]),
+            "old_logprobs": torch.distributions.Categorical(logits=logits).log_prob(batch["actions"]),
+            "old_values": values.flatten(),
+            "advantages": advantages,
+            "returns": advantages + values.flatten(),
+        }
+        assert batch.keys() == expected.keys()
+        for name, x in expected.items():
+            np.testing.assert_allclose(batch[name], x, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 # ---------------------------------------------------------------------- processes of --async-envs
@@ -174,32 +205,51 @@ def test_async_envs_give_the_same_curves_and_weights():
 
 
 @linux
-def test_ctrl_c_with_async_envs(start):
-    """A terminal sends it to the whole process group: the iteration is finished and saved, and no process is left."""
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_main_process_and_those_of_async_envs(start, command_line, signum, code):
+    """Ctrl-C in a terminal, or SIGTERM by Slurm or systemd, which ends the processes of the environments.
+
+    The last whole iteration is saved, and the run can be resumed. No process is left.
+    """
     process = start(*ENDLESS)
     pids = workers(process)
-    os.killpg(process.pid, signal.SIGINT)
-    code, _, err = finish(process)
-    assert code == 130
-    assert "Traceback" not in err
-    assert load(the_run())["global_step"] > 0
+    wait_until(lambda: list(Path("runs").glob("*/checkpoint.pt")), "a checkpoint is saved")
+    os.killpg(process.pid, signum)
+    result = finish(process)
+    assert result.code == code
+    assert f"--resume {the_run()}" in result.out
+    assert signum == signal.SIGTERM or "Traceback" not in result.err
     assert not any(map(alive, pids))
+    step = load(the_run())["global_step"]
+    assert curves(the_run())["losses/policy_loss"][-1][0] == step > 0
+    flags = ("--total-timesteps", step + 128, "--eval-episodes", 0, "--no-async-envs")
+    assert command_line("--resume", the_run(), *flags).code == 0
+    assert load(the_run())["global_step"] == step + 128
 
 
 @linux
-def test_a_second_ctrl_c_stops_at_once(start):
-    """In the middle of an iteration, which would take 256 s here. No process is left."""
-    slow = ("--env-id", "probe_envs:Faulty-v0", "--env-kwargs", "what=nothing", "at=0", "delay=4.0")
-    process = start(*ENDLESS, *slow)
+def test_a_second_ctrl_c_ends_hanging_environments(start):
+    """The first one waits for the end of an iteration that never comes."""
+    process = start(*ENDLESS, "--env-id", "probe_envs:Faulty-v0", "--env-kwargs", "what=hang", "at=200")
     pids = workers(process)
+    wait_until(lambda: list(Path().glob("hangs-*")), "an environment hangs")
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.stderr.readline() == "\n"
+    assert "stopping after this iteration" in process.stderr.readline()
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == -signal.SIGINT
+    assert err.rstrip().endswith("KeyboardInterrupt")
+    wait_until(lambda: not any(map(alive, pids)), "the processes of the environments end")
 
-    def interrupted():
-        os.killpg(process.pid, signal.SIGINT)
-        return process.poll() is not None
 
-    wait_until(interrupted, "the process ends")
-    assert process.returncode == -signal.SIGINT
-    assert not list(Path("runs").glob("*/checkpoint.pt"))
+@linux
+def test_no_process_is_left_when_the_main_process_is_killed(start):
+    process = start(*ENDLESS)
+    pids = workers(process)
+    process.kill()
+    finish(process)
     wait_until(lambda: not any(map(alive, pids)), "the processes of the environments end")
 
 
@@ -207,10 +257,11 @@ def test_a_second_ctrl_c_stops_at_once(start):
 @pytest.mark.parametrize(("what", "message"), [("exception", "the environment has a bug"), ("death", "Error")])
 def test_a_crash_of_an_environment_ends_the_run(start, what, message):
     """The second environment raises an exception, or its process is killed. No process is left."""
-    fault = ("--env-kwargs", f"what={what}", "at=500", "seed=10001")
+    fault = ("--env-kwargs", f"what={what}", "at=500", f"seed={ppo.make_seed('training', 1, 0) + 1}")
     process = start("--env-id", "probe_envs:Faulty-v0", *fault, *ENDLESS)
     pids = workers(process)
     code, _, err = finish(process)
     assert code == 1
+    assert "Traceback" in err
     assert message in err
     assert not any(map(alive, pids))

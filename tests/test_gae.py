@@ -26,7 +26,10 @@ def rollouts(draw):
 @given(rollouts(), fractions, fractions)
 @settings(deadline=None, max_examples=200)
 def test_equals_the_brute_force_sum(rollout, gamma, gae_lambda):
-    """A_t is the sum over k of (gamma lambda)^k delta_{t+k}, up to the end of the episode or of the rollout."""
+    """A_t is the sum over k of (gamma lambda)^k delta_{t+k}, up to the end of the episode or of the rollout.
+
+    The values of the last observations of terminated episodes are not used: here they are NaN.
+    """
     rewards, values, next_values, terminations, truncations = rollout
     T, N = rewards.shape
     expected = np.zeros((T, N))
@@ -38,6 +41,7 @@ def test_equals_the_brute_force_sum(rollout, gamma, gae_lambda):
                 expected[t, n] += (gamma * gae_lambda) ** k * delta
                 if terminations[t + k, n] or truncations[t + k, n]:
                     break
+    next_values[terminations] = np.nan
     advantages = ppo.compute_gae(*rollout, gamma, gae_lambda)
     assert advantages.dtype == np.float32
     np.testing.assert_allclose(advantages, expected, rtol=0, atol=ATOL)
