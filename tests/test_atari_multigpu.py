@@ -120,7 +120,7 @@ def test_two_processes_share_one_run(together):
     folder, out, (a, b) = together
     (run_dir,) = (folder / "runs").iterdir()
     assert sorted(path.name.split(".")[0] for path in run_dir.iterdir()) == ["checkpoint", "events", "events"]
-    assert out.count("steps 0 to 256, 64 per iteration") == out.count("evaluation at step 256") == 1
+    assert out.count("steps 0 to 256 by 64") == out.count("evaluation at step 256") == 1
     curve = curves(run_dir)
     assert [step for step, _ in curve["losses/entropy"]] == [64, 128, 192, 256]
     games = [sum(notes["ended"][: 4 * 16]) for notes in (a, b)]  # without those of the evaluation

@@ -92,7 +92,7 @@ def test_the_script_alone_repeats_a_run_to_the_bit(unbroken):
     assert torch.equal(load(run_dir)["rng_state"], load(unbroken)["rng_state"])
 
     header, *lines, playing, evaluation = result.out.splitlines()
-    assert header == f"{run_dir}: steps 0 to {TOTAL:,}, 512 per iteration"
+    assert header == f"{run_dir}: steps 0 to {TOTAL:,} by 512"
     assert 1 <= len(lines) <= 10
     assert all(re.fullmatch(r"step [\d,]+  [\d,]+ steps/s  return \d+\.\d\d", line) for line in lines)
     assert lines[-1].startswith(f"step {TOTAL:,}  ")
