@@ -359,6 +359,7 @@ def test_signal_handlers_are_restored(monkeypatch):
 
     Training works again each time.
     """
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process ignores Ctrl-C
     before = handlers()
     during, compute_gae = [], ppo.compute_gae
 
@@ -386,6 +387,7 @@ def test_signal_handlers_are_restored(monkeypatch):
     assert interrupted.type is KeyboardInterrupt
     assert handlers() == before
     assert load(train(total_timesteps=512))["global_step"] == 512
+    signal.signal(signal.SIGINT, usual)
 
 
 def test_training_in_a_thread():
