@@ -45,7 +45,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -112,15 +112,11 @@ class Args:
         sizes = (self.total_timesteps, self.num_envs, self.num_steps, self.num_minibatches)
         if min(*sizes, self.update_epochs) < 1:
             raise UsageError("timesteps, envs, steps, minibatches and epochs must be positive")
-        if not (0 <= self.gamma <= 1 and 0 <= self.gae_lambda <= 1):
-            raise UsageError("gamma and gae_lambda must be between 0 and 1")
-        if self.evaluate and self.eval_episodes < 1:
-            raise UsageError("eval_episodes must be positive")
+        if not all(text.count("=") == 1 for text in self.env_kwargs):
+            raise UsageError("env_kwargs must be name=value, separated by spaces")
         displays = {"DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"}
         if self.render and sys.platform == "linux" and not displays & os.environ.keys():
             raise UsageError("render needs a display; --capture-video films instead")
-        if not all(text.count("=") == 1 for text in self.env_kwargs):
-            raise UsageError("env_kwargs must be name=value, separated by spaces")
 
 
 def make_envs(args, num_envs, **options):
@@ -136,8 +132,8 @@ def make_envs(args, num_envs, **options):
     if spec is None or not str(spec.entry_point).startswith("ale_py"):
         raise UsageError(f"{args.env_id} is not an Atari game, such as ALE/Breakout-v5")
     kwargs = {}
+    words = {"true": True, "false": False, "none": None}
     for name, value in (text.split("=") for text in args.env_kwargs):
-        words = {"true": True, "false": False, "none": None}
         try:
             kwargs[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -288,8 +284,8 @@ def train(args):
     """
     T, N, batch_size = args.num_steps, args.num_envs, args.num_steps * args.num_envs
     num_iterations = math.ceil(args.total_timesteps / batch_size)
-    if batch_size % args.num_minibatches or batch_size == args.num_minibatches:
-        raise UsageError("num_minibatches must divide num_envs * num_steps, and be smaller")
+    if batch_size % args.num_minibatches:
+        raise UsageError("num_minibatches must divide num_envs * num_steps")
 
     # ---------------------------------------------- set-up: device, environments, agent, optimizer
     device = get_device(args.device)
@@ -301,18 +297,15 @@ def train(args):
         supported = [name for name, has in capabilities.items() if has is True and "bf16" in name]
         bfloat16 = args.bfloat16 and bool(supported)
     to_device = partial(torch.as_tensor, device=device)
-    torch.manual_seed(args.seed)  # weights, actions and minibatches; environments: envs.reset()
+    # All random numbers: weights, actions and minibatches are torch's; the environments, and the
+    # generators of random and NumPy, are seeded by envs.reset(seed=...) below.
+    torch.manual_seed(args.seed)
+    agent = make_agent(args, bfloat16).to(device)
     run_dir = Path(args.resume) if args.resume else make_run_dir(args)
-    try:
-        envs = make_envs(args, N)
-    except Exception:
-        with suppress(OSError):  # a resumed run is not empty, and stays
-            run_dir.rmdir()
-        raise
-    agent = Agent(envs, bfloat16).to(device)
+    envs = make_envs(args, N)
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(
-        [{"params": parameters, "initial_lr": args.learning_rate}],
+        [{"params": parameters, "initial_lr": args.learning_rate}],  # or groups, each with its own
         lr=to_device(args.learning_rate),  # annealing a number would compile update() anew
         eps=1e-5,  # Adam's epsilon (detail 3)
         fused=not args.compile,  # one kernel; torch.compile makes its own
@@ -376,10 +369,10 @@ def train(args):
     print(f"{run_dir}: steps {global_step:,} to {total_steps:,} by {batch_size:,}", flush=True)
     if global_step >= total_steps:
         print("this run is finished; a larger --total-timesteps extends it")
-    iteration_start = time.monotonic()
+    now = time.monotonic()
     last_save = last_print = -math.inf
 
-    with StopSignals() as stop, writer, closing(envs):
+    with delayed_signals() as received, writer, closing(envs):
         for iteration in range(global_step // batch_size, num_iterations):
             # --------------------------------- (a) roll out: num_steps steps in every environment
             finished_returns, finished_lengths, final_frames = [], [], []
@@ -408,7 +401,7 @@ def train(args):
             batch = {"observations": observations[:T], "actions": actions, "features": features}
             with torch.no_grad():
                 # The weights are still those of acting, so that one pass over the rollout gives the
-                # log-probabilities with which the actions were sampled.
+                # log-probabilities with which the actions were sampled (without dropout).
                 batch["old_logprobs"], _, batch["old_values"] = agent.evaluate_actions(batch)
                 last_values = agent.value(agent.features(observations[T]))
                 next_values = torch.cat([batch["old_values"][1:], last_values.unsqueeze(0)])
@@ -416,14 +409,9 @@ def train(args):
                     final = to_device(np.concatenate(final_frames)).permute(0, 2, 3, 1).contiguous()
                     next_values[to_device(truncations)] = agent.value(agent.features(final))
             del batch["features"]  # these are of the old weights
+            values, next_values = batch["old_values"].cpu().numpy(), next_values.cpu().numpy()
             advantages = compute_gae(
-                rewards,
-                batch["old_values"].cpu().numpy(),
-                next_values.cpu().numpy(),
-                terminations,
-                truncations,
-                args.gamma,
-                args.gae_lambda,
+                rewards, values, next_values, terminations, truncations, args.gamma, args.gae_lambda
             )
             batch["advantages"] = to_device(advantages)
             batch["returns"] = batch["advantages"] + batch["old_values"]
@@ -451,13 +439,12 @@ def train(args):
             metrics = {}
             for name in updates[0]:
                 metrics[name] = torch.stack([values[name] for values in updates]).mean().item()
-            check_finite(global_step, rewards, metrics)
-            unexplained = batch["advantages"].var() / batch["returns"].var()
-            metrics["losses/explained_variance"] = 1 - unexplained.item()
+            check_finite({"reward": rewards} | metrics, global_step)
+            unexplained = (batch["advantages"].var() / batch["returns"].var()).item()
+            metrics["losses/explained_variance"] = 1 - unexplained
             metrics["charts/learning_rate"] = fraction * args.learning_rate
-            now = time.monotonic()
+            iteration_start, now = now, time.monotonic()
             metrics["charts/SPS"] = batch_size / (now - iteration_start)
-            iteration_start = now
             metrics["charts/episodes"] = len(finished_returns)
             if finished_returns:
                 metrics["charts/episodic_return"] = np.mean(finished_returns)
@@ -475,12 +462,12 @@ def train(args):
                 speed = f"{metrics['charts/SPS']:,.0f} steps/s"
                 recent_return = np.mean(recent_returns) if recent_returns else math.nan
                 print(f"step {global_step:,}  {speed}  return {recent_return:.2f}", flush=True)
-            if stop.signum:
+            if received:
                 break
 
     save_checkpoint(run_dir, args, agent, optimizer, global_step)
-    if stop.signum:
-        raise Stopped(run_dir, stop.signum)
+    if received:
+        raise Stopped(run_dir, received[0])
     if args.eval_episodes > 0:
         evaluate(args, run_dir)
     return run_dir
@@ -499,27 +486,28 @@ class Stopped(KeyboardInterrupt):
     """A signal has ended training, and the run is saved. `args`: the run's folder, the signal."""
 
 
-class StopSignals:
-    """Within `with`, Ctrl-C and SIGTERM only set `signum`. A second one has its usual effect."""
+@contextmanager
+def delayed_signals():
+    """Yield a list that receives Ctrl-C and SIGTERM. A second one has its usual effect."""
+    received, old_handlers = [], {}
 
-    def __enter__(self):
-        self.signum = None
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        signums = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()  # others get no signals
-        self.old_handlers = {signum: signal.signal(signum, self.handle) for signum in signums}
-        return self
-
-    def handle(self, signum, frame):
-        self.signum = signum
-        signal.signal(signum, self.old_handlers[signum])
-        # print() is not safe here, it may have been interrupted itself.
+    def handle(signum, frame):
+        received.append(signum)
+        signal.signal(signum, old_handlers[signum])
+        # Not print(), which may have been interrupted itself.
         os.write(2, b"\nstopping after this iteration; a second signal stops at once\n")
 
-    def __exit__(self, error_type, error, error_traceback):
-        for signum, handler in self.old_handlers.items():
+    try:
+        if threading.current_thread() is threading.main_thread():  # others get no signals
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                old_handlers[signum] = signal.signal(signum, handle)
+        yield received
+    except (EOFError, OSError):  # SIGTERM may have ended the processes of --async-envs as well
+        if not received:
+            raise
+    finally:
+        for signum, handler in old_handlers.items():
             signal.signal(signum, handler)
-        # SIGTERM may have ended the processes of --async-envs as well; this error is expected then.
-        return self.signum is not None and isinstance(error, (EOFError, OSError))
 
 
 def get_device(name):
@@ -530,14 +518,9 @@ def get_device(name):
         raise UsageError(f"device {name}: {error}") from error
 
 
-def check_finite(step, rewards, metrics):
-    """Raise UsageError if a number is NaN or infinite: what came first is named."""
-    values = {
-        "reward": rewards,
-        "loss": metrics["losses/policy_loss"] + metrics["losses/value_loss"],
-        "gradient": metrics["losses/grad_norm"],
-    }
-    for name, x in values.items():
+def check_finite(numbers, step):
+    """Raise UsageError if one of these numbers or arrays, a dict, is NaN or infinite."""
+    for name, x in numbers.items():
         if not np.isfinite(x).all():
             raise UsageError(f"NaN or infinite {name} before step {step:,}")
 
@@ -583,8 +566,9 @@ def load_checkpoint(run, agent=None):
     path, maker = Path(run, "checkpoint.pt"), ""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        maker = f", made by {checkpoint.get('script', 'an earlier version')}"
-        checkpoint |= {"args": Args(**checkpoint["args"]), "script": checkpoint["script"]}
+        maker = ", made by an earlier version"  # which did not save its name
+        maker = f", made by {checkpoint['script']}"
+        checkpoint["args"] = Args(**checkpoint["args"])
         if agent is not None:
             agent.load_state_dict(checkpoint["agent"])
         return checkpoint
@@ -592,11 +576,16 @@ def load_checkpoint(run, agent=None):
         raise UsageError(f"cannot load {path}{maker}: {error!r}") from error
 
 
-def load_agent(run):
-    """Load the agent of a run, e.g. `runs/RUN`. Raises UsageError."""
-    envs = make_envs(load_checkpoint(run)["args"], num_envs=1)
+def make_agent(args, bfloat16=False):
+    """A new agent for the environments of `args`. Raises UsageError."""
+    envs = make_envs(args, num_envs=1)
     with closing(envs):
-        agent = Agent(envs)
+        return Agent(envs, bfloat16)
+
+
+def load_agent(run):
+    """The agent of a run, e.g. `runs/RUN`. Raises UsageError."""
+    agent = make_agent(load_checkpoint(run)["args"])
     load_checkpoint(run, agent)
     return agent
 
@@ -606,6 +595,8 @@ def evaluate(args, run):
 
     Returns the scores, [eval_episodes].
     """
+    if args.eval_episodes < 1:
+        raise UsageError("eval_episodes must be positive")
     agent, step = load_agent(run), load_checkpoint(run)["global_step"]
     envs = make_envs(args, args.eval_episodes, life_loss_info=False)
     print(f"playing {args.eval_episodes} games of {args.env_id}", flush=True)
@@ -686,14 +677,11 @@ def main():
     """The command line."""
     try:
         args = tyro.cli(Args, description=__doc__)
-        if run := args.evaluate or args.resume:  # the run's own flags become the defaults
-            saved = load_checkpoint(run)["args"]
-            args = tyro.cli(Args, description=__doc__, default=saved)
-            for name, value in vars(args).items():
-                if name not in ("resume", "evaluate") and value != getattr(saved, name):
-                    print(f"{name}: {value} instead of {getattr(saved, name)}")
+        run = args.evaluate or args.resume
+        if run:  # its flags become the defaults
+            args = tyro.cli(Args, description=__doc__, default=load_checkpoint(run)["args"])
         if args.evaluate:
-            evaluate(args, args.evaluate)
+            evaluate(args, run)
         else:
             train(args)
     except (UsageError, OSError) as error:

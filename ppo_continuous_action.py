@@ -44,7 +44,7 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -105,21 +105,17 @@ class Args:
         sizes = (self.total_timesteps, self.num_envs, self.num_steps, self.num_minibatches)
         if min(*sizes, self.update_epochs) < 1:
             raise UsageError("timesteps, envs, steps, minibatches and epochs must be positive")
-        if not (0 <= self.gamma <= 1 and 0 <= self.gae_lambda <= 1):
-            raise UsageError("gamma and gae_lambda must be between 0 and 1")
-        if self.evaluate and self.eval_episodes < 1:
-            raise UsageError("eval_episodes must be positive")
+        if not all(text.count("=") == 1 for text in self.env_kwargs):
+            raise UsageError("env_kwargs must be name=value, separated by spaces")
         displays = {"DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"}
         if self.render and sys.platform == "linux" and not displays & os.environ.keys():
             raise UsageError("render needs a display; --capture-video films instead")
-        if not all(text.count("=") == 1 for text in self.env_kwargs):
-            raise UsageError("env_kwargs must be name=value, separated by spaces")
 
 
 class Environment(gym.Wrapper):
     """An environment as train() needs it: its observations are vectors, float32.
 
-    Leaves out the options of reset(), and info: vector environments merge the infos of all copies,
+    Leaves out info, and the options of reset(): vector environments merge the infos of all copies,
     which fails where these differ in shape or type. A fork that needs an entry returns it here.
     """
 
@@ -129,14 +125,12 @@ class Environment(gym.Wrapper):
         if self.space is None or (self.space.dtype == np.uint8 and len(self.space.shape) > 1):
             error = f"observations cannot be flattened to vectors: {env.observation_space}"
             raise UsageError(f"{error}; for images, see docs/forks.md")
-        shape = (spaces.flatdim(self.space),)
-        self.observation_space = spaces.Box(-np.inf, np.inf, shape, dtype=np.float32)
+        self.observation_space = spaces.Box(-np.inf, np.inf, (spaces.flatdim(self.space),))
 
     def vector(self, observation):
         if not isinstance(self.space, spaces.Box):
             observation = spaces.flatten(self.space, observation)
-        space = self.observation_space
-        return np.asarray(observation, space.dtype).reshape(space.shape)
+        return np.asarray(observation, np.float32).reshape(self.observation_space.shape)
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:  # for environments that draw from the global generators
@@ -167,7 +161,7 @@ def make_envs(args, num_envs, render_mode=None, video_folder=None):
         env = make_gym_env(args, "rgb_array" if film else render_mode)
         # A fork adds its wrappers here. Rewards and returns are those of the outermost one.
         if not isinstance(env.action_space, spaces.Box):
-            raise UsageError(f"{env.action_space} is not a Box; Discrete is for ppo.py")
+            raise UsageError(f"{env.action_space} is not Box; Discrete: ppo.py")
         env = Environment(env)
         renderer = getattr(env.unwrapped, "mujoco_renderer", None)
         if film and renderer and renderer.camera_id == -1 and renderer.model.ncam:
@@ -347,27 +341,24 @@ def train(args):
     """
     T, N, batch_size = args.num_steps, args.num_envs, args.num_steps * args.num_envs
     num_iterations = math.ceil(args.total_timesteps / batch_size)
-    if batch_size % args.num_minibatches or batch_size == args.num_minibatches:
-        raise UsageError("num_minibatches must divide num_envs * num_steps, and be smaller")
+    if batch_size % args.num_minibatches:
+        raise UsageError("num_minibatches must divide num_envs * num_steps")
 
     # ---------------------------------------------- set-up: device, environments, agent, optimizer
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # for small batches faster than more threads
     device = get_device(args.device)
     to_device = partial(torch.as_tensor, device=device)
-    torch.manual_seed(args.seed)  # weights, actions and minibatches; environments: envs.reset()
+    # All random numbers: weights, actions and minibatches are torch's; the environments, and the
+    # generators of random and NumPy, are seeded by envs.reset(seed=...) below.
+    torch.manual_seed(args.seed)
+    agent = make_agent(args).to(device)
     run_dir = Path(args.resume) if args.resume else make_run_dir(args)
     videos = f"{run_dir}/videos/train-{int(time.time())}" if args.capture_video else None
-    try:
-        envs = make_envs(args, N, video_folder=videos)
-    except Exception:
-        with suppress(OSError):  # a resumed run is not empty, and stays
-            run_dir.rmdir()
-        raise
-    agent = Agent(envs).to(device)
+    envs = make_envs(args, N, video_folder=videos)
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(
-        [{"params": parameters, "initial_lr": args.learning_rate}],
+        [{"params": parameters, "initial_lr": args.learning_rate}],  # or groups, each with its own
         lr=to_device(args.learning_rate),  # annealing a number would compile update() anew
         eps=1e-5,  # Adam's epsilon (detail 3)
         fused=not args.compile,  # one kernel, 0.05 ms instead of 0.2; torch.compile makes its own
@@ -423,10 +414,10 @@ def train(args):
     print(f"{run_dir}: steps {global_step:,} to {total_steps:,} by {batch_size:,}", flush=True)
     if global_step >= total_steps:
         print("this run is finished; a larger --total-timesteps extends it")
-    iteration_start = time.monotonic()
+    now = time.monotonic()
     last_save = last_print = -math.inf
 
-    with StopSignals() as stop, writer, closing_envs(envs):
+    with delayed_signals() as received, writer, closing_envs(envs):
         for iteration in range(global_step // batch_size, num_iterations):
             # --------------------------------- (a) roll out: num_steps steps in every environment
             finished_returns, finished_lengths = [], []
@@ -453,22 +444,18 @@ def train(args):
             batch = {"observations": to_device(observations), "actions": to_device(actions)}
             with torch.no_grad():
                 # The weights are still those of acting, so that one pass over the rollout gives the
-                # log-probabilities with which the actions were sampled.
+                # log-probabilities with which the actions were sampled (without dropout).
                 batch["old_logprobs"], _, _ = agent.evaluate_actions(batch)
                 # From here on, observations and rewards are normalized with this rollout's as well.
                 agent.observation_statistics.update(batch["observations"].flatten(0, 1))
                 agent.return_statistics.update(to_device(discounted_returns).flatten())
                 batch["old_values"] = agent.value(batch["observations"])
                 next_values = agent.value(to_device(next_observations))
-            scale = agent.return_statistics.std.item()
+            # Rewards are divided by the deviation of returns, and clipped (details 30 and 31).
+            scaled = (rewards / agent.return_statistics.std.item()).clip(-10, 10)
+            values, next_values = batch["old_values"].cpu().numpy(), next_values.cpu().numpy()
             advantages = compute_gae(
-                (rewards / scale).clip(-10, 10),  # details 30 and 31
-                batch["old_values"].cpu().numpy(),
-                next_values.cpu().numpy(),
-                terminations,
-                truncations,
-                args.gamma,
-                args.gae_lambda,
+                scaled, values, next_values, terminations, truncations, args.gamma, args.gae_lambda
             )
             batch["advantages"] = to_device(advantages)
             batch["returns"] = batch["advantages"] + batch["old_values"]
@@ -493,13 +480,13 @@ def train(args):
             for name in updates[0]:
                 metrics[name] = torch.stack([values[name] for values in updates]).mean().item()
             bootstrapped = next_observations[~terminations]  # the value of the others is not used
-            check_finite(global_step, observations, bootstrapped, rewards, metrics)
-            unexplained = batch["advantages"].var() / batch["returns"].var()
-            metrics["losses/explained_variance"] = 1 - unexplained.item()
+            data = {"observation": observations, "next observation": bootstrapped}
+            check_finite(data | {"reward": rewards} | metrics, global_step)
+            unexplained = (batch["advantages"].var() / batch["returns"].var()).item()
+            metrics["losses/explained_variance"] = 1 - unexplained
             metrics["charts/learning_rate"] = fraction * args.learning_rate
-            now = time.monotonic()
+            iteration_start, now = now, time.monotonic()
             metrics["charts/SPS"] = batch_size / (now - iteration_start)
-            iteration_start = now
             metrics["charts/episodes"] = len(finished_returns)
             if finished_returns:
                 metrics["charts/episodic_return"] = np.mean(finished_returns)
@@ -517,12 +504,12 @@ def train(args):
                 speed = f"{metrics['charts/SPS']:,.0f} steps/s"
                 recent_return = np.mean(recent_returns) if recent_returns else math.nan
                 print(f"step {global_step:,}  {speed}  return {recent_return:.2f}", flush=True)
-            if stop.signum:
+            if received:
                 break
 
     save_checkpoint(run_dir, args, agent, optimizer, global_step)
-    if stop.signum:
-        raise Stopped(run_dir, stop.signum)
+    if received:
+        raise Stopped(run_dir, received[0])
     if args.eval_episodes > 0:
         evaluate(args, run_dir)
     return run_dir
@@ -541,27 +528,28 @@ class Stopped(KeyboardInterrupt):
     """A signal has ended training, and the run is saved. `args`: the run's folder, the signal."""
 
 
-class StopSignals:
-    """Within `with`, Ctrl-C and SIGTERM only set `signum`. A second one has its usual effect."""
+@contextmanager
+def delayed_signals():
+    """Yield a list that receives Ctrl-C and SIGTERM. A second one has its usual effect."""
+    received, old_handlers = [], {}
 
-    def __enter__(self):
-        self.signum = None
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        signums = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()  # others get no signals
-        self.old_handlers = {signum: signal.signal(signum, self.handle) for signum in signums}
-        return self
-
-    def handle(self, signum, frame):
-        self.signum = signum
-        signal.signal(signum, self.old_handlers[signum])
-        # print() is not safe here, it may have been interrupted itself.
+    def handle(signum, frame):
+        received.append(signum)
+        signal.signal(signum, old_handlers[signum])
+        # Not print(), which may have been interrupted itself.
         os.write(2, b"\nstopping after this iteration; a second signal stops at once\n")
 
-    def __exit__(self, error_type, error, error_traceback):
-        for signum, handler in self.old_handlers.items():
+    try:
+        if threading.current_thread() is threading.main_thread():  # others get no signals
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                old_handlers[signum] = signal.signal(signum, handle)
+        yield received
+    except (EOFError, OSError):  # SIGTERM may have ended the processes of --async-envs as well
+        if not received:
+            raise
+    finally:
+        for signum, handler in old_handlers.items():
             signal.signal(signum, handler)
-        # SIGTERM may have ended the processes of --async-envs as well; this error is expected then.
-        return self.signum is not None and isinstance(error, (EOFError, OSError))
 
 
 @contextmanager
@@ -572,6 +560,8 @@ def closing_envs(envs):
     finally:
         try:
             envs.close(timeout=0)
+        except (EOFError, ConnectionError):
+            pass  # the processes of --async-envs have been ended by a signal
         except Exception:
             traceback.print_exc()
 
@@ -584,32 +574,22 @@ def get_device(name):
         raise UsageError(f"device {name}: {error}") from error
 
 
-def check_finite(step, observations, next_observations, rewards, metrics):
-    """Raise UsageError if a number is NaN or infinite: what came first is named."""
-    values = {
-        "observation": observations,
-        "next observation": next_observations,
-        "reward": rewards,
-        "loss": metrics["losses/policy_loss"] + metrics["losses/value_loss"],
-        "gradient": metrics["losses/grad_norm"],
-    }
-    for name, x in values.items():
+def check_finite(numbers, step):
+    """Raise UsageError if one of these numbers or arrays, a dict, is NaN or infinite."""
+    for name, x in numbers.items():
         if not np.isfinite(x).all():
             raise UsageError(f"NaN or infinite {name} before step {step:,}")
 
 
-@cache
-def print_once(message):
-    print(message, flush=True)
+print_once = cache(print)  # each message once
 
 
 def flattenable_part(space):
     """The space without those parts of a Dict that have no fixed length; None if none is left."""
     if isinstance(space, spaces.Dict):
         parts = {name: flattenable_part(part) for name, part in space.items()}
-        for name in [name for name in parts if parts[name] is None]:
-            if not isinstance(space[name], spaces.Dict):  # whose parts have been named
-                print_once(f"left out of the observations: {name}")
+        for name in [name for name, part in parts.items() if part is None]:
+            print_once(f"left out of the observations: {name}")
             del parts[name]
         return spaces.Dict(parts) if parts else None
     if isinstance(space, spaces.Tuple):
@@ -622,8 +602,8 @@ def flattenable_part(space):
 def make_gym_env(args, render_mode):
     """Make one environment by gymnasium. Raises UsageError."""
     kwargs = {"render_mode": render_mode} if render_mode else {}
+    words = {"true": True, "false": False, "none": None}
     for name, value in (text.split("=") for text in args.env_kwargs):
-        words = {"true": True, "false": False, "none": None}
         try:
             kwargs[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -633,8 +613,8 @@ def make_gym_env(args, render_mode):
     except (gym.error.Error, ModuleNotFoundError, TypeError) as error:
         if isinstance(error, TypeError) and "unexpected keyword" not in str(error):
             raise  # a fault of the environment's own
-        hint = " Atari games: ppo_atari.py" if isinstance(error, gym.error.UnregisteredEnv) else ""
-        raise UsageError(f"cannot make {args.env_id}: {error}{hint}") from error
+        hint = "for Atari games, ppo_atari.py"
+        raise UsageError(f"cannot make {args.env_id}: {error} ({hint})") from error
     if env.render_mode != render_mode:
         raise UsageError(f"{args.env_id} cannot be rendered as {render_mode}")
     return env
@@ -681,8 +661,9 @@ def load_checkpoint(run, agent=None):
     path, maker = Path(run, "checkpoint.pt"), ""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        maker = f", made by {checkpoint.get('script', 'an earlier version')}"
-        checkpoint |= {"args": Args(**checkpoint["args"]), "script": checkpoint["script"]}
+        maker = ", made by an earlier version"  # which did not save its name
+        maker = f", made by {checkpoint['script']}"
+        checkpoint["args"] = Args(**checkpoint["args"])
         if agent is not None:
             agent.load_state_dict(checkpoint["agent"])
         return checkpoint
@@ -690,11 +671,16 @@ def load_checkpoint(run, agent=None):
         raise UsageError(f"cannot load {path}{maker}: {error!r}") from error
 
 
-def load_agent(run):
-    """Load the agent of a run, e.g. `runs/RUN`. Raises UsageError."""
-    envs = make_envs(replace(load_checkpoint(run)["args"], async_envs=False), num_envs=1)
+def make_agent(args):
+    """A new agent for the environments of `args`. Raises UsageError."""
+    envs = make_envs(replace(args, async_envs=False), num_envs=1)
     with closing_envs(envs):
-        agent = Agent(envs)
+        return Agent(envs)
+
+
+def load_agent(run):
+    """The agent of a run, e.g. `runs/RUN`. Raises UsageError."""
+    agent = make_agent(load_checkpoint(run)["args"])
     load_checkpoint(run, agent)
     return agent
 
@@ -704,8 +690,10 @@ def evaluate(args, run, max_steps=20_000):
 
     An episode that does not end is stopped after max_steps steps. Raises UsageError.
     """
+    if args.eval_episodes < 1:
+        raise UsageError("eval_episodes must be positive")
     agent, step = load_agent(run), load_checkpoint(run)["global_step"]
-    videos = f"{run}/videos/eval-at-{step}" if args.capture_video and not args.render else None
+    videos = f"{run}/videos/eval-at-{step}" if args.capture_video else None
     envs = make_envs(args, 1, "human" if args.render else None, videos)
     print(f"playing {args.eval_episodes} greedy episodes of {args.env_id}", flush=True)
     returns = np.zeros(args.eval_episodes)
@@ -738,14 +726,11 @@ def main():
     """The command line."""
     try:
         args = tyro.cli(Args, description=__doc__)
-        if run := args.evaluate or args.resume:  # the run's own flags become the defaults
-            saved = load_checkpoint(run)["args"]
-            args = tyro.cli(Args, description=__doc__, default=saved)
-            for name, value in vars(args).items():
-                if name not in ("resume", "evaluate") and value != getattr(saved, name):
-                    print(f"{name}: {value} instead of {getattr(saved, name)}")
+        run = args.evaluate or args.resume
+        if run:  # its flags become the defaults
+            args = tyro.cli(Args, description=__doc__, default=load_checkpoint(run)["args"])
         if args.evaluate:
-            evaluate(args, args.evaluate)
+            evaluate(args, run)
         else:
             train(args)
     except (UsageError, OSError) as error:

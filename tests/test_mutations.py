@@ -32,7 +32,7 @@ FAULTS = {  # the check that must fail, and in each script that has the first te
         'last_kl = updates[-1]["losses/approx_kl"]',
         'last_kl = (sum(x["losses/approx_kl"] for x in updates[-args.num_minibatches:]) / args.num_minibatches)',
     ),
-    "rewards not divided": (check_rewards, "(rewards / scale).clip(-10, 10)", "rewards.clip(-10, 10)"),
+    "rewards not divided": (check_rewards, "(rewards / agent.return_statistics.std.item())", "rewards"),
     "rewards not scaled": (check_rewards, "rewards * max(1 - args.gamma, 1 / T)", "rewards"),
     "rewards not clipped to their sign": (check_rewards, "np.sign(scores)", "scores"),
 }

@@ -16,14 +16,14 @@ SET_UP = "train: set-up: device, environments, agent, optimizer"
 DIFFERENT = {
     ("ppo_continuous_action", "ppo"): NETWORKS | DATA | {"make_envs.make_env", "evaluate"},
     ("ppo_lstm", "ppo"): NETWORKS | DATA | LEARNING | {"make_envs.make_env", "train", "evaluate", SET_UP},
-    ("ppo_atari", "ppo"): NETWORKS | DATA | LEARNING | {"train.update", "train: (d) log and save", "check_finite"},
+    ("ppo_atari", "ppo"): NETWORKS | DATA | LEARNING | {"train.update", "train: (d) log and save"},
     ("ppo_atari_multigpu", "ppo_atari"): LEARNING | {"train", "train.update", "train: (d) log and save", SET_UP},
 }
-DIFFERENT["ppo_atari", "ppo"] |= {"make_envs", "load_agent", "evaluate", SET_UP, "train: set-up: logging"}
+DIFFERENT["ppo_atari", "ppo"] |= {"make_envs", "make_agent", "evaluate", SET_UP, "train: set-up: logging"}
 DIFFERENT["ppo_atari_multigpu", "ppo_atari"] |= {"train: set-up: the rollout", "train: set-up: logging"}
 LACKING = {  # what only the second one has
     ("ppo_lstm", "ppo"): {"mlp"},
-    ("ppo_atari", "ppo"): {"mlp", "make_envs.make_env", "make_gym_env", "print_once", "flattenable_part"}
+    ("ppo_atari", "ppo"): {"mlp", "make_envs.make_env", "make_gym_env", "flattenable_part"}
     | {f"Environment{method}" for method in ("", ".__init__", ".vector", ".reset", ".step")}
     | {"closing_envs"},
 }
@@ -80,7 +80,7 @@ def test_shared_definitions_are_the_same_to_the_letter_and_in_the_same_order(scr
 def test_the_loss_and_the_saving_are_the_same_in_all_scripts(script):
     """To the letter; but for Atari, the gradient step, too. All of it is found where a reader expects it."""
     ours, theirs = definitions(source("ppo")), definitions(source(script))
-    same = {"Args.__post_init__", "layer_init", "compute_gae", "ppo_loss", "StopSignals.handle", "save_checkpoint"}
+    same = {"Args.__post_init__", "layer_init", "compute_gae", "ppo_loss", "delayed_signals", "save_checkpoint"}
     same |= {"load_checkpoint", "make_seed", "main"} | (set() if "atari" in script else {"train.update"})
     assert {name for name in same if ours[name] == theirs[name]} == same
 
