@@ -452,9 +452,9 @@ def train(args):
                 dist.all_gather_object(results, results[0])
             finished_returns = [x for returns, _, _ in results for x in returns]
             finished_lengths = [x for _, lengths, _ in results for x in lengths]
-            received.extend(signum for _, _, signums in results for signum in signums)
+            signum = next((signum for _, _, signums in results for signum in signums), None)
             if rank > 0:
-                if received:
+                if signum:
                     break
                 continue
             metrics = {}
@@ -483,7 +483,8 @@ def train(args):
                 speed = f"{metrics['charts/SPS']:,.0f} steps/s"
                 recent_return = np.mean(recent_returns) if recent_returns else math.nan
                 print(f"step {global_step:,}  {speed}  return {recent_return:.2f}", flush=True)
-            if received:
+            if signum:
+                received.append(signum)
                 break
 
     if W > 1:

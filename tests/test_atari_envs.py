@@ -209,14 +209,15 @@ def train(args, monkeypatch):
     monkeypatch.setattr(ppo_atari, "compute_gae", noted)
     args = Args(**vars(args) | {"total_timesteps": 2 * args.num_envs * args.num_steps})
     run_dir = ppo_atari.train(args)
+    envs = next(envs for envs in made if envs.steps)
     return SimpleNamespace(
         args=args,
         agent=ppo_atari.load_agent(run_dir),
-        envs=made[0],
+        envs=envs,
         gae_inputs=gae_inputs,
         curves=curves(run_dir),
-        terminations=made[0].column(2),
-        truncations=made[0].column(3),
+        terminations=envs.column(2),
+        truncations=envs.column(3),
     )
 
 
