@@ -21,6 +21,9 @@ learns from its own minibatches, and all take the mean of their gradients. Proce
 folder, logs and saves.
 
 PPO ends with train(). Below it: errors, spaces, checkpoints, evaluation and the command line.
+In a notebook or debugger: `from ppo import Args, train; run = train(Args(total_timesteps=10_000))`.
+For a loop of one's own: make_envs, Agent, compute_gae, ppo_loss, load_agent, evaluate.
+A minimal version does without --resume, --compile, videos, signals, checks and target_kl.
 
     T, N       num_steps and num_envs: steps of each environment per iteration, environments
     batch      the T * N samples of an iteration, split into num_minibatches in each epoch
@@ -190,7 +193,7 @@ class Agent(nn.Module):
         logits = self.actor(features)
         if not greedy:
             # Gumbel-max: the argmax of logits plus Gumbel noise is a sample from softmax(logits).
-            # torch's Categorical takes ten times as long.
+            # torch.multinomial() takes twice, Categorical ten times as long.
             gumbel_noise = -torch.empty_like(logits).exponential_().log()
             logits = logits + gumbel_noise
         return logits.argmax(-1)
@@ -238,7 +241,8 @@ def ppo_loss(agent, args, batch):
     """The loss of a minibatch and its metrics (detail 12).
 
     `batch` is a dict of tensors [minibatch_size, ...]: observations, actions, old_logprobs,
-    old_values, advantages and returns.
+    old_values, advantages and returns. An auxiliary loss is added here; train() puts what it needs
+    besides into the batch.
     """
     logprobs, entropies, values = agent.evaluate_actions(batch)
     log_ratio = logprobs - batch["old_logprobs"]
@@ -277,6 +281,7 @@ def ppo_loss(agent, args, batch):
 def train(args):
     """Train an agent and evaluate it. Returns the run's folder, a Path.
 
+    A run is resumed with its own flags by train(replace(load_checkpoint(run)["args"], resume=run)).
     Raises UsageError, and Stopped, a KeyboardInterrupt, when a signal has ended training.
     """
     rank, W = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
@@ -298,16 +303,21 @@ def train(args):
     to_device = partial(torch.as_tensor, device=device)
     if W > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    # All random numbers: weights, actions and minibatches are torch's; the environments, and the
-    # generators of random and NumPy, are seeded by envs.reset(seed=...) below.
+    # What is random: the weights (seeded here), actions and minibatches (seeded in each iteration),
+    # environments and the global generators of `random` and NumPy (seeded by envs.reset() below).
     torch.manual_seed(args.seed)
-    agent = make_agent(args, bfloat16).to(device)
     run_dir = Path(args.resume) if args.resume else make_run_dir(args) if rank == 0 else None
-    envs = make_envs(args, N)
+    try:
+        envs = make_envs(args, N)
+    except Exception:
+        if not args.resume and rank == 0:
+            run_dir.rmdir()
+        raise
+    agent = Agent(envs, bfloat16).to(device)
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(
         [{"params": parameters, "initial_lr": args.learning_rate}],  # or groups, each with its own
-        lr=to_device(args.learning_rate),  # annealing a number would compile update() anew
+        lr=to_device(args.learning_rate),
         eps=1e-5,  # Adam's epsilon (detail 3)
         fused=not args.compile,  # one kernel; torch.compile makes its own
         foreach=False,
@@ -319,10 +329,7 @@ def train(args):
         # Only Adam's moments: the learning rate and the other options are those of this command.
         state = {"state": checkpoint["optimizer"]["state"]}
         optimizer.load_state_dict(optimizer.state_dict() | state)
-        torch.set_rng_state(checkpoint["rng_state"])
         global_step = checkpoint["global_step"]
-    if rank > 0:  # other actions and minibatches in each process
-        torch.manual_seed(make_seed("process", args.seed, global_step, rank))
 
     # ------------------------------------------------------------------ set-up: the gradient step
     def update(minibatch):
@@ -376,16 +383,18 @@ def train(args):
         print(f"{run_dir}: steps {global_step:,} to {total_steps:,} by {batch_size:,}", flush=True)
         if global_step >= total_steps:
             print("this run is finished; a larger --total-timesteps extends it")
-    now = time.monotonic()
     last_save = last_print = -math.inf
 
     with delayed_signals() as received, writer if rank == 0 else nullcontext(), closing(envs):
         for iteration in range(global_step // batch_size, num_iterations):
             # --------------------------------- (a) roll out: num_steps steps in every environment
+            iteration_start = time.monotonic()
+            # A seed for each iteration: a resumed run draws what it would have drawn.
+            torch.manual_seed(make_seed("iteration", args.seed, iteration, rank))
             finished_returns, finished_lengths, final_frames = [], [], []
             observations[0] = observations[T]
             for t in range(T):
-                with torch.no_grad():
+                with torch.no_grad():  # (b) computes the log-probabilities
                     features[t], actions[t] = act(observations[t])
                 frame_numbers = infos["episode_frame_number"]
                 step = envs.step(actions[t].cpu().numpy())
@@ -404,11 +413,12 @@ def train(args):
                     final_frames.append(infos["final_obs"][truncations[t]])
 
             # -------------------------------------------------------------------- (b) advantages
-            # An intrinsic reward would be added to `rewards` here; returns are logged without it.
+            # An intrinsic reward would be added to `rewards` here; returns are logged without it. A
+            # further tensor in the batch, [T, N, ...], reaches ppo_loss() by itself.
             batch = {"observations": observations[:T], "actions": actions, "features": features}
             with torch.no_grad():
-                # The weights are still those of acting, so that one pass over the rollout gives the
-                # log-probabilities with which the actions were sampled (without dropout).
+                # Not kept while acting: one pass over the rollout is faster than one for each step.
+                # The weights are still the same (with dropout, the log-probabilities would not be).
                 batch["old_logprobs"], _, batch["old_values"] = agent.evaluate_actions(batch)
                 last_values = agent.value(agent.features(observations[T]))
                 next_values = torch.cat([batch["old_values"][1:], last_values.unsqueeze(0)])
@@ -427,7 +437,8 @@ def train(args):
             # ---------------------------- (c) learn: epochs over shuffled minibatches (detail 6)
             fraction = 1 - iteration / num_iterations if args.anneal_lr else 1.0
             for group in optimizer.param_groups:
-                group["lr"] = to_device(fraction * group["initial_lr"])  # detail 4
+                # Detail 4. A number instead of a tensor would make --compile compile again.
+                group["lr"] = to_device(fraction * group["initial_lr"])
             updates = []  # the metrics of each
             for _ in range(args.update_epochs):
                 permutation = torch.randperm(N * T).to(device)
@@ -459,12 +470,13 @@ def train(args):
                 continue
             metrics = {}
             for name in updates[0]:
-                metrics[name] = torch.stack([values[name] for values in updates]).mean().item()
+                metrics[name] = torch.stack([x[name] for x in updates]).mean().item()
             check_finite({"reward": rewards} | metrics, global_step)
+            # An advantage is the difference of return and value.
             unexplained = (batch["advantages"].var() / batch["returns"].var()).item()
             metrics["losses/explained_variance"] = 1 - unexplained
             metrics["charts/learning_rate"] = fraction * args.learning_rate
-            iteration_start, now = now, time.monotonic()
+            now = time.monotonic()
             metrics["charts/SPS"] = batch_size / (now - iteration_start)
             metrics["charts/episodes"] = len(finished_returns)
             if finished_returns:
@@ -577,7 +589,6 @@ def save_checkpoint(run_dir, args, agent, optimizer, global_step):
         "agent": agent.state_dict(),
         "optimizer": optimizer.state_dict(),
         "global_step": global_step,
-        "rng_state": torch.get_rng_state(),
     }
     with open(run_dir / "checkpoint.tmp", "wb") as file:  # raises OSError if the disk is full
         torch.save(checkpoint, file)
@@ -602,16 +613,11 @@ def load_checkpoint(run, agent=None):
         raise UsageError(f"cannot load {path}{maker}: {error!r}") from error
 
 
-def make_agent(args, bfloat16=False):
-    """A new agent for the environments of `args`. Raises UsageError."""
-    envs = make_envs(args, num_envs=1)
-    with closing(envs):
-        return Agent(envs, bfloat16)
-
-
 def load_agent(run):
     """The agent of a run, e.g. `runs/RUN`. Raises UsageError."""
-    agent = make_agent(load_checkpoint(run)["args"])
+    envs = make_envs(load_checkpoint(run)["args"], num_envs=1)
+    with closing(envs):
+        agent = Agent(envs)
     load_checkpoint(run, agent)
     return agent
 
@@ -623,8 +629,9 @@ def evaluate(args, run):
     """
     if args.eval_episodes < 1:
         raise UsageError("eval_episodes must be positive")
-    agent, step = load_agent(run), load_checkpoint(run)["global_step"]
     envs = make_envs(args, args.eval_episodes, life_loss_info=False)
+    agent = Agent(envs)
+    step = load_checkpoint(run, agent)["global_step"]
     print(f"playing {args.eval_episodes} games of {args.env_id}", flush=True)
     returns = np.zeros(args.eval_episodes)
     ended = np.zeros(args.eval_episodes, bool)

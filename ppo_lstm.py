@@ -25,6 +25,9 @@ episode is truncated, the value of its last observation is computed in the rollo
 that the critic has at that time. Rewards are scaled by 1 - gamma.
 
 PPO ends with train(). Below it: errors, spaces, checkpoints, evaluation and the command line.
+In a notebook or debugger: `from ppo import Args, train; run = train(Args(total_timesteps=10_000))`.
+For a loop of one's own: make_envs, Agent, compute_gae, ppo_loss, load_agent, evaluate.
+A minimal version does without --resume, --compile, videos, signals, checks and target_kl.
 
     T, N       num_steps and num_envs: steps of each environment per iteration, environments
     batch      the T * N samples of an iteration, split into num_minibatches in each epoch
@@ -160,7 +163,8 @@ def make_envs(args, num_envs, render_mode=None, video_folder=None):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         film = video_folder and index == 0
         env = make_gym_env(args, "rgb_array" if film else render_mode)
-        # A fork adds its wrappers here. Rewards and returns are those of the outermost one.
+        # A fork adds its wrappers here, for training and evaluation. Rewards and returns are those
+        # of the outermost one; what a wrapper has learned, e.g. a mean, is not in the checkpoint.
         if not isinstance(env.action_space, spaces.Discrete):
             raise UsageError(f"{env.action_space} is not Discrete; Box: ppo_continuous_action.py")
         env = Environment(env)
@@ -249,7 +253,7 @@ class Agent(nn.Module):
         _, critic_state = self.critic.step(observations, state[2:])
         if not greedy:
             # Gumbel-max: the argmax of logits plus Gumbel noise is a sample from softmax(logits).
-            # torch's Categorical takes ten times as long.
+            # torch.multinomial() takes twice, Categorical ten times as long.
             gumbel_noise = -torch.empty_like(logits).exponential_().log()
             logits = logits + gumbel_noise
         return logits.argmax(-1), torch.cat([actor_state, critic_state])
@@ -295,7 +299,8 @@ def ppo_loss(agent, args, batch):
     """The loss of a minibatch and its metrics (detail 12).
 
     `batch` is a dict of tensors [minibatch_size, ...]: observations, actions, old_logprobs,
-    old_values, advantages and returns.
+    old_values, advantages and returns. An auxiliary loss is added here; train() puts what it needs
+    besides into the batch.
     """
     logprobs, entropies, values = agent.evaluate_actions(batch)
     log_ratio = logprobs - batch["old_logprobs"]
@@ -334,6 +339,7 @@ def ppo_loss(agent, args, batch):
 def train(args):
     """Train an agent and evaluate it. Returns the run's folder, a Path.
 
+    A run is resumed with its own flags by train(replace(load_checkpoint(run)["args"], resume=run)).
     Raises UsageError, and Stopped, a KeyboardInterrupt, when a signal has ended training.
     """
     T, N, batch_size = args.num_steps, args.num_envs, args.num_steps * args.num_envs
@@ -346,13 +352,18 @@ def train(args):
         torch.set_num_threads(1)  # for small batches faster than more threads
     device = get_device(args.device)
     to_device = partial(torch.as_tensor, device=device)
-    # All random numbers: weights, actions and minibatches are torch's; the environments, and the
-    # generators of random and NumPy, are seeded by envs.reset(seed=...) below.
+    # What is random: the weights (seeded here), actions and minibatches (seeded in each iteration),
+    # environments and the global generators of `random` and NumPy (seeded by envs.reset() below).
     torch.manual_seed(args.seed)
-    agent = make_agent(args).to(device)
     run_dir = Path(args.resume) if args.resume else make_run_dir(args)
     videos = f"{run_dir}/videos/train-{int(time.time())}" if args.capture_video else None
-    envs = make_envs(args, N, video_folder=videos)
+    try:
+        envs = make_envs(args, N, video_folder=videos)
+    except Exception:
+        if not args.resume:
+            run_dir.rmdir()
+        raise
+    agent = Agent(envs).to(device)
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(
         [{"params": parameters, "initial_lr": args.learning_rate}],  # or groups, each with its own
@@ -366,7 +377,6 @@ def train(args):
         # Only Adam's moments: the learning rate and the other options are those of this command.
         state = {"state": checkpoint["optimizer"]["state"]}
         optimizer.load_state_dict(optimizer.state_dict() | state)
-        torch.set_rng_state(checkpoint["rng_state"])
         global_step = checkpoint["global_step"]
 
     # ------------------------------------------------------------------ set-up: the gradient step
@@ -382,8 +392,7 @@ def train(args):
     # ------------------------------------------------------------------------ set-up: the rollout
     # next_observations[t] is what followed observations[t]. At the end of an episode it is the true
     # last observation, and observations[t + 1] is the first one of the next episode. The arrays are
-    # NumPy's, as are those of the environments; for an environment in torch they would be tensors,
-    # here and in compute_gae().
+    # NumPy's, as are those of the environments. ppo_vector.py is for environments that use torch.
     space = envs.single_observation_space
     observations = np.zeros((T, N, *space.shape), space.dtype)
     next_observations = np.zeros_like(observations)
@@ -407,17 +416,19 @@ def train(args):
     print(f"{run_dir}: steps {global_step:,} to {total_steps:,} by {batch_size:,}", flush=True)
     if global_step >= total_steps:
         print("this run is finished; a larger --total-timesteps extends it")
-    now = time.monotonic()
     last_save = last_print = -math.inf
 
     with delayed_signals() as received, writer, closing_envs(envs):
         for iteration in range(global_step // batch_size, num_iterations):
             # --------------------------------- (a) roll out: num_steps steps in every environment
+            iteration_start = time.monotonic()
+            # A seed for each iteration: a resumed run draws what it would have drawn.
+            torch.manual_seed(make_seed("iteration", args.seed, iteration))
             finished_returns, finished_lengths = [], []
             first_state = state
             for t in range(T):
                 observations[t] = observation
-                with torch.no_grad():
+                with torch.no_grad():  # (b) computes the log-probabilities
                     sampled, state = agent.act(to_device(observations[t]), state)
                     actions[t] = sampled.cpu().numpy()
                 step = envs.step(actions[t] + action_start)
@@ -438,13 +449,14 @@ def train(args):
                     state = state * to_device(~ended).unsqueeze(-1)  # detail 34
 
             # -------------------------------------------------------------------- (b) advantages
-            # An intrinsic reward would be added to `rewards` here; returns are logged without it.
+            # An intrinsic reward would be added to `rewards` here; returns are logged without it. A
+            # further tensor in the batch, [T, N, ...], reaches ppo_loss() by itself.
             batch = {"observations": to_device(observations), "actions": to_device(actions)}
             batch["ended"] = to_device(terminations | truncations)
             batch["first_state"] = first_state
             with torch.no_grad():
-                # The weights are still those of acting, so that one pass over the rollout gives the
-                # log-probabilities with which the actions were sampled (without dropout).
+                # Not kept while acting: one pass over the rollout is faster than one for each step.
+                # The weights are still the same (with dropout, the log-probabilities would not be).
                 batch["old_logprobs"], _, batch["old_values"] = agent.evaluate_actions(batch)
             is_last = terminations | truncations  # the last step of an episode or of the rollout
             is_last[-1] = True
@@ -475,14 +487,16 @@ def train(args):
             # ------------------------------------------------------------------ (d) log and save
             metrics = {}
             for name in updates[0]:
-                metrics[name] = torch.stack([values[name] for values in updates]).mean().item()
-            bootstrapped = next_observations[~terminations]  # the value of the others is not used
-            data = {"observation": observations, "next observation": bootstrapped}
-            check_finite(data | {"reward": rewards} | metrics, global_step)
+                metrics[name] = torch.stack([x[name] for x in updates]).mean().item()
+            # The last observation before a termination is not used, and may be NaN.
+            next_used = next_observations[~terminations]
+            inputs = {"observation": observations, "next observation": next_used, "reward": rewards}
+            check_finite(inputs | metrics, global_step)
+            # An advantage is the difference of return and value.
             unexplained = (batch["advantages"].var() / batch["returns"].var()).item()
             metrics["losses/explained_variance"] = 1 - unexplained
             metrics["charts/learning_rate"] = fraction * args.learning_rate
-            iteration_start, now = now, time.monotonic()
+            now = time.monotonic()
             metrics["charts/SPS"] = batch_size / (now - iteration_start)
             metrics["charts/episodes"] = len(finished_returns)
             if finished_returns:
@@ -643,7 +657,6 @@ def save_checkpoint(run_dir, args, agent, optimizer, global_step):
         "agent": agent.state_dict(),
         "optimizer": optimizer.state_dict(),
         "global_step": global_step,
-        "rng_state": torch.get_rng_state(),
     }
     with open(run_dir / "checkpoint.tmp", "wb") as file:  # raises OSError if the disk is full
         torch.save(checkpoint, file)
@@ -668,16 +681,11 @@ def load_checkpoint(run, agent=None):
         raise UsageError(f"cannot load {path}{maker}: {error!r}") from error
 
 
-def make_agent(args):
-    """A new agent for the environments of `args`. Raises UsageError."""
-    envs = make_envs(replace(args, async_envs=False), num_envs=1)
-    with closing_envs(envs):
-        return Agent(envs)
-
-
 def load_agent(run):
     """The agent of a run, e.g. `runs/RUN`. Raises UsageError."""
-    agent = make_agent(load_checkpoint(run)["args"])
+    envs = make_envs(replace(load_checkpoint(run)["args"], async_envs=False), num_envs=1)
+    with closing_envs(envs):
+        agent = Agent(envs)
     load_checkpoint(run, agent)
     return agent
 
@@ -689,9 +697,11 @@ def evaluate(args, run, max_steps=20_000):
     """
     if args.eval_episodes < 1:
         raise UsageError("eval_episodes must be positive")
-    agent, step = load_agent(run), load_checkpoint(run)["global_step"]
+    step = load_checkpoint(run)["global_step"]
     videos = f"{run}/videos/eval-at-{step}" if args.capture_video else None
     envs = make_envs(args, 1, "human" if args.render else None, videos)
+    agent = Agent(envs)
+    load_checkpoint(run, agent)
     print(f"playing {args.eval_episodes} greedy episodes of {args.env_id}", flush=True)
     returns = np.zeros(args.eval_episodes)
     num_stopped = 0

@@ -151,7 +151,6 @@ def test_the_same_seed_gives_the_same_bits_in_another_process(filmed):
     one, another = (train(ppo, **PENDULUM, seed=seed) for seed in (1, 2))
     assert curves(one) == curves(filmed)
     assert same_weights(load(one), load(filmed))
-    assert torch.equal(load(one)["rng_state"], load(filmed)["rng_state"])
     assert not same_weights(load(one), load(another))
 
 
@@ -177,7 +176,6 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(monkeypatch):
     broken = train(ppo, **{**flags, "total_timesteps": 256}, exp_name="broken")
     train(ppo, **flags, exp_name="broken", resume=str(broken))
     assert same_weights(load(whole), load(broken))
-    assert torch.equal(load(whole)["rng_state"], load(broken)["rng_state"])
     assert len({value for _, value in curves(whole)["charts/episodic_return"]}) == 4, "noise changes the returns"
 
 

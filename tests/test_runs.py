@@ -89,7 +89,6 @@ def test_the_script_alone_repeats_a_run_to_the_bit(unbroken):
     assert re.fullmatch(r"CartPole-v1__ppo__1__\d{10}", run_dir.name)
     assert curves(run_dir) == curves(unbroken)
     assert same_weights(load(run_dir), load(unbroken))
-    assert torch.equal(load(run_dir)["rng_state"], load(unbroken)["rng_state"])
 
     header, *lines, playing, evaluation = result.out.splitlines()
     assert header == f"{run_dir}: steps 0 to {TOTAL:,} by 512"
@@ -234,7 +233,7 @@ def test_speed_checkpoints_and_lines_by_the_clock(seconds, saved, printed, monke
 
 def test_checkpoint_contents(unbroken):
     checkpoint = load(unbroken)
-    assert checkpoint.keys() == {"script", "args", "agent", "optimizer", "global_step", "rng_state"}
+    assert checkpoint.keys() == {"script", "args", "agent", "optimizer", "global_step"}
     assert checkpoint["script"] == "ppo.py"
     assert checkpoint["args"].keys() == ppo.Args.__dataclass_fields__.keys()
     assert checkpoint["global_step"] == TOTAL
@@ -283,7 +282,6 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(monkeypatch):
 
     a, b = load(whole), load(broken)
     assert same_weights(a, b)
-    assert torch.equal(a["rng_state"], b["rng_state"])
     for i, state in a["optimizer"]["state"].items():
         assert all(torch.equal(value, b["optimizer"]["state"][i][name]) for name, value in state.items())
     np.testing.assert_equal(curves(broken), curves(whole))  # takes NaN for equal to NaN

@@ -19,8 +19,12 @@ DIFFERENT = {
     ("ppo_atari", "ppo"): NETWORKS | DATA | LEARNING | {"train.update", "train: (d) log and save"},
     ("ppo_atari_multigpu", "ppo_atari"): LEARNING | {"train", "train.update", "train: (d) log and save", SET_UP},
 }
-DIFFERENT["ppo_atari", "ppo"] |= {"make_envs", "make_agent", "evaluate", SET_UP, "train: set-up: logging"}
-DIFFERENT["ppo_atari_multigpu", "ppo_atari"] |= {"train: set-up: the rollout", "train: set-up: logging"}
+DIFFERENT["ppo_atari", "ppo"] |= {"make_envs", "load_agent", "evaluate", SET_UP, "train: set-up: logging"}
+DIFFERENT["ppo_atari_multigpu", "ppo_atari"] |= {
+    "train: set-up: the rollout",
+    "train: set-up: logging",
+    "train: (a) roll out",
+}
 LACKING = {  # what only the second one has
     ("ppo_lstm", "ppo"): {"mlp"},
     ("ppo_atari", "ppo"): {"mlp", "make_envs.make_env", "make_gym_env", "flattenable_part"}
