@@ -44,6 +44,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -310,7 +311,7 @@ def train(args):
         envs = make_envs(args, N)
     except Exception:
         if not args.resume:
-            run_dir.rmdir()
+            shutil.rmtree(run_dir)
         raise
     agent = Agent(envs, bfloat16).to(device)
     parameters = list(agent.parameters())
@@ -474,8 +475,8 @@ def train(args):
             if now - last_print > 2 or global_step >= total_steps:
                 last_print = now
                 speed = f"{metrics['charts/SPS']:,.0f} steps/s"
-                recent_return = np.mean(recent_returns) if recent_returns else math.nan
-                print(f"step {global_step:,}  {speed}  return {recent_return:.2f}", flush=True)
+                mean = f"{np.mean(recent_returns):.2f}" if recent_returns else "not yet"
+                print(f"step {global_step:,}  {speed}  return {mean}", flush=True)
             if received:
                 break
 

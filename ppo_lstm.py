@@ -44,6 +44,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -127,10 +128,11 @@ class Environment(gym.Wrapper):
 
     def __init__(self, env):
         super().__init__(env)
-        self.space = flattenable_part(env.observation_space)
-        if self.space is None or (self.space.dtype == np.uint8 and len(self.space.shape) > 1):
-            error = f"observations cannot be flattened to vectors: {env.observation_space}"
-            raise UsageError(f"{error}; for images, see docs/forks.md")
+        space = self.space = flattenable_part(env.observation_space)
+        if space is None:
+            raise UsageError(f"observations are not numbers: {env.observation_space}")
+        if space.dtype == np.uint8 and len(space.shape) > 1 and space.high.max() > 99:
+            raise UsageError(f"for images see docs/forks.md: {env.observation_space}")
         self.observation_space = spaces.Box(-np.inf, np.inf, (spaces.flatdim(self.space),))
 
     def vector(self, observation):
@@ -147,7 +149,7 @@ class Environment(gym.Wrapper):
 
     def step(self, action):
         observation, reward, terminated, truncated, _ = self.env.step(action)
-        return self.vector(observation), float(reward), terminated, truncated, {}
+        return self.vector(observation), np.asarray(reward).item(), terminated, truncated, {}
 
 
 def make_envs(args, num_envs, render_mode=None, video_folder=None):
@@ -166,7 +168,8 @@ def make_envs(args, num_envs, render_mode=None, video_folder=None):
         # A fork adds its wrappers here, for training and evaluation. Rewards and returns are those
         # of the outermost one; what a wrapper has learned, e.g. a mean, is not in the checkpoint.
         if not isinstance(env.action_space, spaces.Discrete):
-            raise UsageError(f"{env.action_space} is not Discrete; Box: ppo_continuous_action.py")
+            hint = "see ppo_continuous_action.py for Box, docs/forks.md for MultiDiscrete"
+            raise UsageError(f"{env.action_space} is not Discrete; {hint}")
         env = Environment(env)
         if args.observe:
             (size,), kept = env.observation_space.shape, list(args.observe)
@@ -361,7 +364,7 @@ def train(args):
         envs = make_envs(args, N, video_folder=videos)
     except Exception:
         if not args.resume:
-            run_dir.rmdir()
+            shutil.rmtree(run_dir)
         raise
     agent = Agent(envs).to(device)
     parameters = list(agent.parameters())
@@ -513,8 +516,8 @@ def train(args):
             if now - last_print > 2 or global_step >= total_steps:
                 last_print = now
                 speed = f"{metrics['charts/SPS']:,.0f} steps/s"
-                recent_return = np.mean(recent_returns) if recent_returns else math.nan
-                print(f"step {global_step:,}  {speed}  return {recent_return:.2f}", flush=True)
+                mean = f"{np.mean(recent_returns):.2f}" if recent_returns else "not yet"
+                print(f"step {global_step:,}  {speed}  return {mean}", flush=True)
             if received:
                 break
 
@@ -624,9 +627,9 @@ def make_gym_env(args, render_mode):
     except (gym.error.Error, ModuleNotFoundError, TypeError) as error:
         if isinstance(error, TypeError) and "unexpected keyword" not in str(error):
             raise  # a fault of the environment's own
-        hint = "for Atari games, ppo_atari.py"
-        raise UsageError(f"cannot make {args.env_id}: {error} ({hint})") from error
-    if env.render_mode != render_mode:
+        hint = "; Atari: ppo_atari.py" if isinstance(error, gym.error.UnregisteredEnv) else ""
+        raise UsageError(f"cannot make {args.env_id}: {error}{hint}") from error
+    if render_mode and env.render_mode != render_mode:
         raise UsageError(f"{args.env_id} cannot be rendered as {render_mode}")
     return env
 

@@ -90,9 +90,9 @@ def test_actions_start_where_the_space_does(actions, allowed, monkeypatch):
     [
         (spaces(observations="image"), "docs/forks.md"),
         (spaces(observations="grey image"), "docs/forks.md"),
-        (spaces(observations="sequence"), "cannot be flattened"),
-        (spaces(observations="nothing left"), "cannot be flattened"),
-        (spaces(observations="text in tuple"), "cannot be flattened"),
+        (spaces(observations="sequence"), "are not numbers"),
+        (spaces(observations="nothing left"), "are not numbers"),
+        (spaces(observations="text in tuple"), "are not numbers"),
         (spaces(actions="multidiscrete"), "MultiDiscrete"),
         ({"env_id": "Pendulum-v1"}, "ppo_continuous_action.py"),
     ],

@@ -106,7 +106,7 @@ def test_sections_and_shared_flags_are_in_the_same_order(script, other):
     [
         ("ppo_continuous_action", "ppo", 160),
         ("ppo_lstm", "ppo", 190),
-        ("ppo_atari", "ppo", 480),
+        ("ppo_atari", "ppo", 500),
         ("ppo_atari_multigpu", "ppo_atari", 90),
     ],
 )
