@@ -427,9 +427,27 @@ class Diary(CartPoleEnv):
         return observation, reward, terminated, truncated, info
 
 
+class Board(gym.Env):
+    """A board of bytes that is no image, rewards of shape (1,), and a render_mode that nobody has asked for."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # noqa: RUF012
+    observation_space, action_space = Box(0, 1, (4, 4, 2), np.uint8), Discrete(2)
+
+    def __init__(self, render_mode="rgb_array"):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        self.count = 0
+        return np.zeros((4, 4, 2), np.uint8), {}
+
+    def step(self, action):
+        self.count += 1
+        return np.full((4, 4, 2), self.count % 2, np.uint8), np.ones(1), self.count == 5, False, {}
+
+
 for name, (observations, reward) in ONE_STEP.items():
     gym.register(f"{name}-v0", OneStep, kwargs={"observations": observations, "reward": reward})
 ENVIRONMENTS = (Target, Chain, Recall, ContinuousChain, Numbered, ContinuousNumbered, Faulty, Spaces, Diary)
-ENVIRONMENTS += (Ten, Info, BadEnd, Prices, Global, Torch, WrongShape, Endless)
+ENVIRONMENTS += (Ten, Info, BadEnd, Prices, Global, Torch, WrongShape, Endless, Board)
 for env in ENVIRONMENTS:
     gym.register(f"{env.__name__}-v0", env)

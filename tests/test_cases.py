@@ -47,6 +47,13 @@ def test_environments_that_use_autograd():
     assert {value for _, value in curve["charts/episodic_return"] + curve["eval/episodic_return"]} == {20}
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_boards_rewards_of_one_number_and_a_default_render_mode():
+    run_dir = train(**case("Board"))
+    assert {value for _, value in curves(run_dir)["charts/episodic_return"]} == {5}
+    assert load(run_dir)["agent"]["actor.0.weight"].shape == (64, 32)
+
+
 @pytest.mark.parametrize("async_envs", [False, True])
 @pytest.mark.parametrize(
     ("observations", "parts"),
