@@ -52,6 +52,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -142,6 +143,7 @@ def make_envs(args, num_envs, seed=0, render_mode=None):
     try:
         if library == "envpool":
             envpool = importlib.import_module("envpool")
+            warnings.filterwarnings("ignore", "EnvPool seeds")  # given here, ignored by reset()
             return envpool.make_gymnasium(name, num_envs=num_envs, seed=seed, **kwargs)
         if library == "mjlab":
             return make_mjlab(name, num_envs, args.device, seed, **kwargs)

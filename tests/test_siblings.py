@@ -89,6 +89,19 @@ def test_the_loss_and_the_saving_are_the_same_in_all_scripts(script):
     assert {name for name in same if ours[name] == theirs[name]} == same
 
 
+def test_what_the_script_for_simulators_shares_is_the_same_to_the_letter():
+    """It has sections and flags in the same order, and functions of its own for all that is a tensor on the device."""
+    ours, theirs = definitions(source("ppo")), definitions(source("ppo_vector"))
+    same = {"layer_init", "ppo_loss", "train.update", "UsageError", "Stopped", "delayed_signals", "get_device"}
+    same |= {"check_finite", "make_seed", "make_run_dir", "save_checkpoint", "load_checkpoint", "main"}
+    same |= {"Args.__post_init__"}
+    assert {name for name in same if ours[name] == theirs[name]} == same
+    assert BANNER.findall(source("ppo")) == BANNER.findall(source("ppo_vector"))
+    shared = [name for name in fields("ppo") if name in fields("ppo_vector")]
+    assert [name for name in fields("ppo_vector") if name in fields("ppo")] == shared
+    assert fields("ppo").keys() - fields("ppo_vector").keys() == {"async_envs"}
+
+
 @pytest.mark.parametrize(("script", "other"), PAIRS)
 def test_sections_and_shared_flags_are_in_the_same_order(script, other):
     """The flags have the same types, too."""
