@@ -195,8 +195,7 @@ class Agent(nn.Module):
         if not greedy:
             # Gumbel-max: the argmax of logits plus Gumbel noise is a sample from softmax(logits).
             # torch.multinomial() takes twice, Categorical ten times as long.
-            gumbel_noise = -torch.empty_like(logits).exponential_().log()
-            logits = logits + gumbel_noise
+            logits = logits - torch.empty_like(logits).exponential_().log()
         return logits.argmax(-1)
 
     def value(self, features):

@@ -149,7 +149,8 @@ class Environment(gym.Wrapper):
 
     def step(self, action):
         observation, reward, terminated, truncated, _ = self.env.step(action)
-        return self.vector(observation), np.asarray(reward).item(), terminated, truncated, {}
+        reward = reward.item() if isinstance(reward, np.ndarray) else float(reward)
+        return self.vector(observation), reward, terminated, truncated, {}
 
 
 def make_envs(args, num_envs, render_mode=None, video_folder=None):
@@ -181,7 +182,8 @@ def make_envs(args, num_envs, render_mode=None, video_folder=None):
 
     vector_class = gym.vector.AsyncVectorEnv if args.async_envs else gym.vector.SyncVectorEnv
     env_fns = [partial(make_env, index) for index in range(num_envs)]
-    return vector_class(env_fns, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+    # What step() returns is overwritten by the next step: train() copies it.
+    return vector_class(env_fns, copy=False, autoreset_mode=gym.vector.AutoresetMode.DISABLED)
 
 
 def layer_init(layer, std=2**0.5):
@@ -257,8 +259,7 @@ class Agent(nn.Module):
         if not greedy:
             # Gumbel-max: the argmax of logits plus Gumbel noise is a sample from softmax(logits).
             # torch.multinomial() takes twice, Categorical ten times as long.
-            gumbel_noise = -torch.empty_like(logits).exponential_().log()
-            logits = logits + gumbel_noise
+            logits = logits - torch.empty_like(logits).exponential_().log()
         return logits.argmax(-1), torch.cat([actor_state, critic_state])
 
     def value(self, observations, state):

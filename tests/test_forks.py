@@ -10,7 +10,7 @@ TINY = {**SMALL, "num_steps": 32, "learning_rate": 1e-3, "total_timesteps": 384}
 AGENT = "        self.critic = mlp(num_inputs, 1, std=1.0)\n"  # in Agent.__init__
 GROUPS = '[{"params": parameters, "initial_lr": args.learning_rate}]'
 BATCH = '            batch = {"observations": to_device(observations), "actions": to_device(actions)}\n'
-INFO = "np.asarray(reward).item(), terminated, truncated, {}\n"
+INFO = "reward, terminated, truncated, {}\n"
 STEP = "                observation, rewards[t], terminations[t], truncations[t], _ = step\n"
 EPISODES = '            metrics["charts/episodes"] = len(finished_returns)\n'
 

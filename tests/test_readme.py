@@ -27,6 +27,7 @@ SHORT = {  # each training script, and flags of a short run
     "ppo.py": [],
     "ppo_lstm.py": ["--observe", "0", "2"],
     "ppo_continuous_action.py": ["--env-id", "Pendulum-v1", "--num-steps", "256"],
+    "ppo_vector.py": ["--num-envs", "16"],
     "ppo_atari.py": ["--env-id", "ALE/Pong-v5", "--num-envs", "2", "--num-steps", "32"],
     "ppo_atari_multigpu.py": ["--env-id", "ALE/Pong-v5", "--num-envs", "2", "--num-steps", "32"],
 }
