@@ -140,6 +140,8 @@ def make_envs(args, num_envs, seed=0, render_mode=None):
         except (ValueError, SyntaxError):
             kwargs[name] = words.get(value.lower(), value)
     library, _, name = args.env_id.partition("/")
+    if library == "ALE":
+        raise UsageError(f"{args.env_id}: ppo_atari.py is for Atari games")
     try:
         if library == "envpool":
             envpool = importlib.import_module("envpool")
@@ -154,7 +156,6 @@ def make_envs(args, num_envs, seed=0, render_mode=None):
         return gym.make_vec(args.env_id, num_envs, "vector_entry_point", **kwargs)
     except (gym.error.Error, ModuleNotFoundError, AttributeError) as error:
         hint = f"ppo.py takes any id of Gymnasium; here, envpool/{args.env_id} may exist"
-        hint = "Atari games: ppo_atari.py" if library == "ALE" else hint
         raise UsageError(f"cannot make {args.env_id}: {error} ({hint})") from error
 
 

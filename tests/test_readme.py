@@ -23,13 +23,14 @@ PAGES = {name: (ROOT / name).read_text() for name in NAMES}
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMAND_PAGES = [name for name in NAMES if name != "docs/forks.md"]
 OUTSIDE = {name: FENCE.sub("", text) for name, text in PAGES.items()}  # the pages without their fenced blocks
+GAMES = ["--env-kwargs", "max_num_frames_per_episode=600"]  # ten seconds in a window
 SHORT = {  # each training script, and flags of a short run
     "ppo.py": [],
     "ppo_lstm.py": ["--observe", "0", "2"],
     "ppo_continuous_action.py": ["--env-id", "Pendulum-v1", "--num-steps", "256"],
     "ppo_vector.py": ["--num-envs", "16"],
-    "ppo_atari.py": ["--env-id", "ALE/Pong-v5", "--num-envs", "2", "--num-steps", "32"],
-    "ppo_atari_multigpu.py": ["--env-id", "ALE/Pong-v5", "--num-envs", "2", "--num-steps", "32"],
+    "ppo_atari.py": ["--env-id", "ALE/Pong-v5", "--num-envs", "2", "--num-steps", "32", *GAMES],
+    "ppo_atari_multigpu.py": ["--env-id", "ALE/Pong-v5", "--num-envs", "2", "--num-steps", "32", *GAMES],
 }
 
 
