@@ -275,7 +275,7 @@ def test_training_logs_whole_games_and_raw_scores(run):
     assert check_curves(run, steps) > 0
     happened = {name for row in steps for step in row for name, value in vars(step).items() if value}
     assert {"lost", "at_limit"} <= happened
-    assert "over" in happened or run.curves["charts/episodic_return"][0][1] >= 10
+    assert "over" in happened or max(value for _, value in run.curves["charts/episodic_return"]) > 5
 
 
 @pytest.mark.parametrize("run", ["Breakout"], indirect=True)
