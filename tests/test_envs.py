@@ -65,7 +65,7 @@ def test_an_observation_is_the_vector_of_gymnasium():
     for _ in range(10):
         parts.append(observe())
     (first,), _ = env.reset(seed=1)
-    rows = [first, *(env.step(np.array([0]))[0][0] for _ in range(9))]
+    rows = [first.copy(), *(env.step(np.array([0]))[0][0].copy() for _ in range(9))]
     for row, part in zip(rows, parts, strict=True):
         assert row.dtype == np.float32
         np.testing.assert_array_equal(row, [*np.eye(3)[part["inner"]["door"]], *part["speed"]])
