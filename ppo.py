@@ -679,7 +679,11 @@ def main():
         args = tyro.cli(Args, description=__doc__)
         run = args.evaluate or args.resume
         if run:  # its flags become the defaults
-            args = tyro.cli(Args, description=__doc__, default=load_checkpoint(run)["args"])
+            saved = load_checkpoint(run)["args"]
+            args = tyro.cli(Args, description=__doc__, default=saved)
+            for name, value in vars(args).items():
+                if value != getattr(saved, name) and name not in ("resume", "evaluate"):
+                    print(f"{name}: {value} instead of {getattr(saved, name)}")
         if args.evaluate:
             evaluate(args, run)
         else:

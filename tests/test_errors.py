@@ -172,12 +172,20 @@ def test_weights_that_do_not_fit_are_all_named(command_line, finished):
     assert contents(finished) == before
 
 
-def test_changed_flags_are_used(command_line):
+def test_changed_flags_are_named_and_used(command_line):
     """The flags of the run are the defaults. The optimizer's options are those of the command."""
     run_dir = train(num_envs=3, num_steps=4, num_minibatches=6, learning_rate=1e-3, total_timesteps=60)
     flags = ("--total-timesteps", 120, "--learning-rate", 0.004, "--num-minibatches", 2, "--no-norm-adv")
     result = command_line("--resume", run_dir, *flags, "--env-kwargs", "max_episode_steps=9", "--num-envs", 3)
     assert result.code == 0
+    assert result.out.splitlines()[:5] == [
+        "env_kwargs: ('max_episode_steps=9',) instead of ()",
+        "total_timesteps: 120 instead of 60",
+        "learning_rate: 0.004 instead of 0.001",
+        "num_minibatches: 2 instead of 6",
+        "norm_adv: False instead of True",
+    ]
+    assert "instead of" not in "".join(result.out.splitlines()[5:])
     checkpoint = load(run_dir)
     assert checkpoint["global_step"] == 120
     assert [checkpoint["args"][name] for name in ("learning_rate", "num_minibatches", "num_envs")] == [0.004, 2, 3]
