@@ -95,7 +95,7 @@ class Args:
     update_epochs: int = 4  # passes over each batch; more use each sample more often
     norm_adv: bool = True  # normalize advantages in each minibatch
     clip_coef: float = 0.2  # clip range of the probability ratio; larger allows larger changes
-    clip_vloss: bool = False  # clip the value loss, with the range clip_coef
+    clip_vloss: bool = False  # clip the change of values in the value loss, by clip_coef
     ent_coef: float = 0.0  # coefficient of the entropy bonus; larger explores more
     vf_coef: float = 0.5  # coefficient of the value loss
     max_grad_norm: float = 0.5  # a gradient with a larger norm is scaled down to this norm
@@ -476,7 +476,7 @@ def train(args):
     )
     if args.resume:
         checkpoint = load_checkpoint(run_dir, agent)
-        # Only Adam's moments: the learning rate and the other options are those of this command.
+        # Adam's moments and step count: learning rate and other options are those of this command.
         state = {"state": checkpoint["optimizer"]["state"]}
         optimizer.load_state_dict(optimizer.state_dict() | state)
         if args.desired_kl is not None:
@@ -536,7 +536,7 @@ def train(args):
         for iteration in range(global_step // batch_size, num_iterations):
             # --------------------------------- (a) roll out: num_steps steps in every environment
             iteration_start = time.monotonic()
-            # A seed for each iteration: a resumed run draws what it would have drawn.
+            # A seed for each iteration: a resumed run draws as if it had not been stopped.
             torch.manual_seed(make_seed("iteration", args.seed, iteration))
             logs = []
             for t in range(T):
