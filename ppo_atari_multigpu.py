@@ -316,7 +316,7 @@ def train(args):
     agent = Agent(envs, bfloat16).to(device)
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(
-        [{"params": parameters, "initial_lr": args.learning_rate}],  # or groups, each with its own
+        [{"params": parameters, "initial_lr": args.learning_rate}],  # a dict for each rate
         lr=to_device(args.learning_rate),
         eps=1e-5,  # Adam's epsilon (detail 3)
         fused=not args.compile,  # one kernel; torch.compile makes its own

@@ -128,7 +128,7 @@ class Environment(gym.Wrapper):
         space = self.space = flattenable_part(env.observation_space)
         if space is None:
             raise UsageError(f"observations are not numbers: {env.observation_space}")
-        if space.dtype == np.uint8 and len(space.shape) > 1 and space.high.max() > 99:
+        if space.dtype == np.uint8 and len(space.shape) > 1 and space.high.max() > 99:  # an image
             raise UsageError(f"for images see docs/forks.md: {env.observation_space}")
         self.observation_space = spaces.Box(-np.inf, np.inf, (spaces.flatdim(self.space),))
 
@@ -376,7 +376,7 @@ def train(args):
     agent = Agent(envs).to(device)
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(
-        [{"params": parameters, "initial_lr": args.learning_rate}],  # or groups, each with its own
+        [{"params": parameters, "initial_lr": args.learning_rate}],  # a dict for each rate
         lr=to_device(args.learning_rate),
         eps=1e-5,  # Adam's epsilon (detail 3)
         fused=not args.compile,  # one kernel, 0.05 ms instead of 0.2; torch.compile makes its own
