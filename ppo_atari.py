@@ -24,8 +24,8 @@ value are two heads of one convolutional network (DQN; Mnih et al., 2015), in bf
 device computes with it. Its features are kept from acting, since they take most of the time.
 Actions of an evaluation are sampled: greedy ones can repeat the same states without end.
 
-PPO ends with train(). Below it: errors, spaces, checkpoints, evaluation and the command line.
-In a notebook or debugger: `from ppo import Args, train; run = train(Args(total_timesteps=10_000))`.
+PPO is what stands from Agent to the end of train(); what stands below it serves any algorithm.
+In a notebook or debugger: `from ppo_atari import Args, train; run = train(Args())`.
 For a loop of one's own: make_envs, Agent, compute_gae, ppo_loss, load_agent, evaluate.
 A minimal version does without --resume, --compile, videos, signals, checks and target_kl.
 
@@ -105,7 +105,7 @@ class Args:
 
     eval_episodes: int = 10  # games after training and by `--evaluate`; 0: none
     render: bool = False  # show the first game of an evaluation in a window
-    resume: str | None = None  # resume a run, e.g. `runs/RUN`; more total_timesteps extend it
+    resume: str | None = None  # resume a run, e.g. `runs/RUN`; larger total_timesteps extend it
     evaluate: str | None = None  # evaluate the policy of a run, e.g. `runs/RUN`
 
     def __post_init__(self):
@@ -182,6 +182,7 @@ class Agent(nn.Module):
         dense = layer_init(nn.Linear(num_features, 512))
         self.trunk = nn.Sequential(*convolutions, dense, nn.ReLU(inplace=True))
         num_actions = int(envs.single_action_space.n)
+        # An auxiliary head goes here; its loss is added in ppo_loss().
         self.actor = layer_init(nn.Linear(512, num_actions), std=0.01)  # about equally probable
         self.critic = layer_init(nn.Linear(512, 1), std=1.0)
 
@@ -315,7 +316,8 @@ def train(args):
     agent = Agent(envs, bfloat16).to(device)
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(
-        [{"params": parameters, "initial_lr": args.learning_rate}],  # a dict for each rate
+        # A dict for each learning rate: agent.critic's parameters may get one of their own.
+        [{"params": parameters, "initial_lr": args.learning_rate}],
         lr=to_device(args.learning_rate),
         eps=1e-5,  # Adam's epsilon (detail 3)
         fused=not args.compile,  # one kernel; torch.compile makes its own
@@ -687,7 +689,7 @@ def main():
     try:
         args = tyro.cli(Args, description=__doc__)
         run = args.evaluate or args.resume
-        if run:  # its flags become the defaults
+        if run:  # parse again, with its flags as the defaults
             saved = load_checkpoint(run)["args"]
             args = tyro.cli(Args, description=__doc__, default=saved)
             for name, value in vars(args).items():

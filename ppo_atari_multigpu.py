@@ -16,12 +16,10 @@
     torchrun --standalone --nproc-per-node 2 ppo_atari_multigpu.py --resume runs/RUN
     python ppo_atari_multigpu.py --evaluate runs/RUN --capture-video              # film a game
 
-Differs from ppo_atari.py in that W processes share the games: each plays num_envs / W of them and
-learns from its own minibatches, and all take the mean of their gradients. Process 0 makes the run's
-folder, logs and saves.
+Differs from ppo_atari.py in that W processes share the games, learn from minibatches of their own
+and take the mean of their gradients. Process 0 makes the run's folder, logs and saves.
 
-PPO ends with train(). Below it: errors, spaces, checkpoints, evaluation and the command line.
-In a notebook or debugger: `from ppo import Args, train; run = train(Args(total_timesteps=10_000))`.
+PPO is what stands from Agent to the end of train(); what stands below it serves any algorithm.
 For a loop of one's own: make_envs, Agent, compute_gae, ppo_loss, load_agent, evaluate.
 A minimal version does without --resume, --compile, videos, signals, checks and target_kl.
 
@@ -102,7 +100,7 @@ class Args:
 
     eval_episodes: int = 10  # games after training and by `--evaluate`; 0: none
     render: bool = False  # show the first game of an evaluation in a window
-    resume: str | None = None  # resume a run, e.g. `runs/RUN`; more total_timesteps extend it
+    resume: str | None = None  # resume a run, e.g. `runs/RUN`; larger total_timesteps extend it
     evaluate: str | None = None  # evaluate the policy of a run, e.g. `runs/RUN`
 
     def __post_init__(self):
@@ -179,6 +177,7 @@ class Agent(nn.Module):
         dense = layer_init(nn.Linear(num_features, 512))
         self.trunk = nn.Sequential(*convolutions, dense, nn.ReLU(inplace=True))
         num_actions = int(envs.single_action_space.n)
+        # An auxiliary head goes here; its loss is added in ppo_loss().
         self.actor = layer_init(nn.Linear(512, num_actions), std=0.01)  # about equally probable
         self.critic = layer_init(nn.Linear(512, 1), std=1.0)
 
@@ -316,7 +315,8 @@ def train(args):
     agent = Agent(envs, bfloat16).to(device)
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(
-        [{"params": parameters, "initial_lr": args.learning_rate}],  # a dict for each rate
+        # A dict for each learning rate: agent.critic's parameters may get one of their own.
+        [{"params": parameters, "initial_lr": args.learning_rate}],
         lr=to_device(args.learning_rate),
         eps=1e-5,  # Adam's epsilon (detail 3)
         fused=not args.compile,  # one kernel; torch.compile makes its own
@@ -711,7 +711,7 @@ def main():
     try:
         args = tyro.cli(Args, description=__doc__)
         run = args.evaluate or args.resume
-        if run:  # its flags become the defaults
+        if run:  # parse again, with its flags as the defaults
             saved = load_checkpoint(run)["args"]
             args = tyro.cli(Args, description=__doc__, default=saved)
             for name, value in vars(args).items():

@@ -24,8 +24,8 @@ and learning computes the states anew from those at the start of the rollout (de
 episode is truncated, the value of its last observation is computed in the rollout, with the state
 that the critic has at that time. Rewards are scaled by 1 - gamma.
 
-PPO ends with train(). Below it: errors, spaces, checkpoints, evaluation and the command line.
-In a notebook or debugger: `from ppo import Args, train; run = train(Args(total_timesteps=10_000))`.
+PPO is what stands from Agent to the end of train(); what stands below it serves any algorithm.
+In a notebook or debugger: `from ppo_lstm import Args, train; run = train(Args())`.
 For a loop of one's own: make_envs, Agent, compute_gae, ppo_loss, load_agent, evaluate.
 A minimal version does without --resume, --compile, videos, signals, checks and target_kl.
 
@@ -101,7 +101,7 @@ class Args:
 
     eval_episodes: int = 10  # greedy episodes after training and by `--evaluate`; 0: none
     render: bool = False  # show the episodes of an evaluation in a window
-    resume: str | None = None  # resume a run, e.g. `runs/RUN`; more total_timesteps extend it
+    resume: str | None = None  # resume a run, e.g. `runs/RUN`; larger total_timesteps extend it
     evaluate: str | None = None  # evaluate the policy of a run, e.g. `runs/RUN`
 
     def __post_init__(self):
@@ -128,17 +128,17 @@ class Environment(gym.Wrapper):
 
     def __init__(self, env):
         super().__init__(env)
-        space = self.space = flattenable_part(env.observation_space)
-        if space is None:
-            raise UsageError(f"observations are not numbers: {env.observation_space}")
+        space = self.space = env.observation_space
+        self.num_inputs = len(numbers_in(space, space.sample()))
+        if self.num_inputs == 0:
+            raise UsageError(f"observations are not numbers: {space}")
         if space.dtype == np.uint8 and len(space.shape) > 1 and space.high.max() > 99:  # an image
-            raise UsageError(f"for images see docs/forks.md: {env.observation_space}")
-        self.observation_space = spaces.Box(-np.inf, np.inf, (spaces.flatdim(self.space),))
+            raise UsageError(f"for images see docs/forks.md: {space}")
+        self.observation_space = spaces.Box(-np.inf, np.inf, (self.num_inputs,))
 
     def vector(self, observation):
-        if not isinstance(self.space, spaces.Box):
-            observation = spaces.flatten(self.space, observation)
-        return np.asarray(observation, np.float32).reshape(self.observation_space.shape)
+        """NumPy's, for an observation in NumPy or torch; one on a GPU needs .cpu() here."""
+        return np.asarray(numbers_in(self.space, observation), np.float32).reshape(self.num_inputs)
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:  # for environments that draw from the global generators
@@ -245,6 +245,7 @@ class Agent(nn.Module):
         super().__init__()
         num_inputs = envs.single_observation_space.shape[0]
         num_actions = int(envs.single_action_space.n)
+        # Another network goes here, and an auxiliary head, whose loss is added in ppo_loss().
         self.actor = RecurrentNetwork(num_inputs, num_actions, std=0.01)
         self.critic = RecurrentNetwork(num_inputs, 1, std=1.0)
 
@@ -370,7 +371,8 @@ def train(args):
     agent = Agent(envs).to(device)
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(
-        [{"params": parameters, "initial_lr": args.learning_rate}],  # a dict for each rate
+        # A dict for each learning rate: agent.critic's parameters may get one of their own.
+        [{"params": parameters, "initial_lr": args.learning_rate}],
         lr=to_device(args.learning_rate),
         eps=1e-5,  # Adam's epsilon (detail 3)
         fused=True,  # one kernel, 0.05 ms instead of 0.2
@@ -396,7 +398,7 @@ def train(args):
     # ------------------------------------------------------------------------ set-up: the rollout
     # next_observations[t] is what followed observations[t]. At the end of an episode it is the true
     # last observation, and observations[t + 1] is the first one of the next episode. The arrays are
-    # NumPy's, as are those of the environments. ppo_vector.py is for environments that use torch.
+    # NumPy's, as are those of the vector environment; ppo_vector.py is for those that use torch.
     space = envs.single_observation_space
     observations = np.zeros((T, N, *space.shape), space.dtype)
     next_observations = np.zeros_like(observations)
@@ -599,19 +601,18 @@ def check_finite(numbers, step):
 print_once = cache(print)  # each message once
 
 
-def flattenable_part(space):
-    """The space without those parts of a Dict that have no fixed length; None if none is left."""
+def numbers_in(space, x, name="observation"):
+    """All numbers in x, of this space, as one vector. Parts without a fixed length are left out."""
+    if isinstance(space, spaces.Box):
+        return np.ravel(x)
     if isinstance(space, spaces.Dict):
-        parts = {name: flattenable_part(part) for name, part in space.items()}
-        for name in [name for name, part in parts.items() if part is None]:
-            print_once(f"left out of the observations: {name}")
-            del parts[name]
-        return spaces.Dict(parts) if parts else None
+        return np.concatenate([numbers_in(space[key], x[key], key) for key in space])
     if isinstance(space, spaces.Tuple):
-        parts = [flattenable_part(part) for part in space]
-        return None if None in parts else spaces.Tuple(parts)
-    numbers = (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)
-    return space if isinstance(space, numbers) else None
+        return np.concatenate([numbers_in(*pair) for pair in zip(space, x, strict=True)])
+    if isinstance(space, (spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)):
+        return spaces.flatten(space, x)  # one-hot
+    print_once(f"left out of the observations: {name}, a {type(space).__name__}")
+    return np.zeros(0)
 
 
 def make_gym_env(args, render_mode):
@@ -739,7 +740,7 @@ def main():
     try:
         args = tyro.cli(Args, description=__doc__)
         run = args.evaluate or args.resume
-        if run:  # its flags become the defaults
+        if run:  # parse again, with its flags as the defaults
             saved = load_checkpoint(run)["args"]
             args = tyro.cli(Args, description=__doc__, default=saved)
             for name, value in vars(args).items():

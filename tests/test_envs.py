@@ -92,7 +92,6 @@ def test_actions_start_where_the_space_does(actions, allowed, monkeypatch):
         (spaces(observations="grey image"), "docs/forks.md"),
         (spaces(observations="sequence"), "are not numbers"),
         (spaces(observations="nothing left"), "are not numbers"),
-        (spaces(observations="text in tuple"), "are not numbers"),
         (spaces(actions="multidiscrete"), "MultiDiscrete"),
         ({"env_id": "Pendulum-v1"}, "ppo_continuous_action.py"),
     ],

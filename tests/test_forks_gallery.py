@@ -185,22 +185,6 @@ def test_onnx(actions):
     assert done.code == 0 and "differ by at most" in done.out, done
 
 
-def test_vector_implementation(monkeypatch):
-    """The step after an end, which starts from a pole that has fallen, is not in the batch."""
-    module, seen = fork("An environment's own vector implementation"), []
-    ppo_loss = module.ppo_loss
-    monkeypatch.setattr(
-        module, "ppo_loss", lambda agent, args, batch: (seen.append(batch), ppo_loss(agent, args, batch))[1]
-    )
-    path = train(module, num_envs=4, num_steps=64, num_minibatches=8, update_epochs=1, total_timesteps=2560)
-    samples = torch.cat([batch["observations"] for batch in seen])
-    assert samples[:, 2].abs().max() < math.radians(12)
-    episodes = sum(value for _, value in curves(path)["charts/episodes"])
-    assert episodes > 20 and 0 <= len(samples) - (2560 - episodes) <= 4  # an end in the last step has no row after it
-    lengths, returns = curves(path)["charts/episodic_length"], curves(path)["charts/episodic_return"]
-    assert lengths == returns
-
-
 def test_tanh():
     """Log-probabilities and entropies are those of the squashed distribution."""
     module = fork("Actions bounded by tanh")

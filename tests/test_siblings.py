@@ -27,7 +27,7 @@ DIFFERENT["ppo_atari_multigpu", "ppo_atari"] |= {
 }
 LACKING = {  # what only the second one has
     ("ppo_lstm", "ppo"): {"mlp"},
-    ("ppo_atari", "ppo"): {"mlp", "make_envs.make_env", "make_gym_env", "flattenable_part"}
+    ("ppo_atari", "ppo"): {"mlp", "make_envs.make_env", "make_gym_env", "numbers_in"}
     | {f"Environment{method}" for method in ("", ".__init__", ".vector", ".reset", ".step")}
     | {"closing_envs"},
 }
