@@ -699,7 +699,7 @@ def main():
             evaluate(args, run)
         else:
             train(args)
-    except (UsageError, OSError) as error:
+    except (UsageError, OSError, torch.OutOfMemoryError) as error:
         disk = (errno.ENOSPC, errno.EACCES, errno.EROFS)  # full, or not to be written to
         if isinstance(error, OSError) and error.errno not in disk:
             raise

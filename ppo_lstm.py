@@ -391,7 +391,8 @@ def train(args):
         optimizer.zero_grad()
         loss, metrics = ppo_loss(agent, args, minibatch)
         loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)  # detail 11
+        # Detail 11. On a GPU, torch 2.11 fails to compile clipping with foreach.
+        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm, foreach=False)
         optimizer.step()
         return metrics | {"losses/grad_norm": grad_norm}
 
@@ -750,7 +751,7 @@ def main():
             evaluate(args, run)
         else:
             train(args)
-    except (UsageError, OSError) as error:
+    except (UsageError, OSError, torch.OutOfMemoryError) as error:
         disk = (errno.ENOSPC, errno.EACCES, errno.EROFS)  # full, or not to be written to
         if isinstance(error, OSError) and error.errno not in disk:
             raise

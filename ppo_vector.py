@@ -63,7 +63,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from gymnasium.utils.save_video import save_video
 from gymnasium.vector import AutoresetMode
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -192,14 +191,18 @@ class Simulator:
             known = [mode.name for mode in AutoresetMode]
             raise UsageError(f"metadata['autoreset_mode'] must be one of {known}") from error
         space = envs.single_action_space
-        self.num_actions = int(space.n) if hasattr(space, "n") else math.prod(space.shape)
-        self.is_continuous = not hasattr(space, "n")
+        self.is_continuous = hasattr(space, "low")
         if self.is_continuous:  # in units of the range, as in ppo_continuous_action.py
+            self.num_actions = math.prod(space.shape)
             lowest, highest = (np.broadcast_to(x, space.shape) for x in (space.low, space.high))
             low = np.where(lowest > -1e12, lowest, np.where(highest < 1e12, highest - 2, -1.0))
             high = np.where(highest < 1e12, highest, low + 2)
             bounds = (lowest, highest, (low + high) / 2, (high - low) / 2)
-            self.bounds = [torch.as_tensor(x, dtype=torch.float32, device=device) for x in bounds]
+            self.bounds = [torch.tensor(x, dtype=torch.float32, device=device) for x in bounds]
+        elif hasattr(space, "start"):
+            self.num_actions, self.action_start = int(space.n), int(space.start)
+        else:
+            raise UsageError(f"{space} is neither Discrete nor Box")
         self.ended = torch.zeros(num_envs, dtype=torch.bool, device=device)
 
     def tensor(self, x, dtype):
@@ -233,6 +236,8 @@ class Simulator:
             lowest, highest, center, half_range = self.bounds
             actions = center + half_range * actions.reshape(-1, *center.shape)
             actions = actions.clamp(lowest, highest)
+        else:
+            actions = actions + self.action_start
         step = self.envs.step(actions if self.use_torch else actions.cpu().numpy())
         observations, rewards, terminations, truncations, self.info = step
         rewards = self.tensor(rewards, torch.float32).squeeze(1)
@@ -242,26 +247,16 @@ class Simulator:
         groups = self.groups(observations)
         next_observations = groups["critic"]
         if self.mode == AutoresetMode.SAME_STEP:
+            last = self.info.get("final_obs", self.info.get("final_observation"))
+            last = self.observations if last is None else self.groups(last)
             ended = self.ended.unsqueeze(1)
-            last = self.last_observations(self.observations["critic"])
-            next_observations = torch.where(ended, last, next_observations)
+            next_observations = torch.where(ended, last["critic"], next_observations)
         elif self.mode == AutoresetMode.DISABLED:
             next_observations = next_observations.clone()
             if self.ended.any():
-                observations = self.reset_ended()
-                groups = self.groups(observations)
+                groups = self.groups(self.reset_ended())
         self.observations = groups
         return groups, next_observations, rewards, terminations, truncations, valid
-
-    def last_observations(self, stand_in):
-        """The last observations of the critic where episodes have ended in this step."""
-        last = self.info.get("final_obs", self.info.get("final_observation"))
-        if last is None:
-            return stand_in
-        if isinstance(last, np.ndarray) and last.dtype == object:  # None where no episode has ended
-            last = [stand_in[i].cpu() if x is None else x for i, x in enumerate(last)]
-            last = np.stack([np.ravel(x) for x in last])
-        return self.groups(last)["critic"]
 
     def reset_ended(self):
         """Begin new episodes where they have ended. Returns the observations of all copies."""
@@ -474,6 +469,7 @@ def train(args):
         lr=to_device(args.learning_rate),
         eps=1e-5,  # Adam's epsilon (detail 3)
         fused=not args.compile,  # one kernel; torch.compile makes its own
+        foreach=False,
         capturable=args.compile and device.type == "cuda",  # in a CUDA graph
     )
     if args.resume:
@@ -492,7 +488,8 @@ def train(args):
         optimizer.zero_grad()
         loss, metrics = ppo_loss(agent, args, minibatch)
         loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)  # detail 11
+        # Detail 11. On a GPU, torch 2.11 fails to compile clipping with foreach.
+        grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm, foreach=False)
         optimizer.step()
         return metrics | {"losses/grad_norm": grad_norm}
 
@@ -514,10 +511,12 @@ def train(args):
         ((simulator.num_actions,), None) if simulator.is_continuous else ((), torch.int64)
     )
     actions = torch.zeros((T, N, *shape), dtype=dtype, device=device)
-    rewards, discounted_returns, returns, lengths = torch.zeros((4, T, N), device=device)
+    rewards = torch.zeros((T, N), device=device)
     terminations, truncations, valid = torch.zeros((3, T, N), dtype=torch.bool, device=device)
-    # Of the current episodes, up to now
-    discounted_return, episode_returns, episode_lengths = torch.zeros((3, N), device=device)
+    # Discounted return, return and length of the episode up to each step, and now
+    totals, total = torch.zeros((T, 3, N), device=device), torch.zeros((3, N), device=device)
+    discounts = torch.tensor([[args.gamma], [1.0], [1.0]], device=device)
+    ones = torch.ones(N, device=device)
     recent_returns = []  # of the last 100 episodes that ended
     if hasattr(simulator.envs, "episode_length_buf"):  # so that not all episodes end at once
         buffer = simulator.envs.episode_length_buf
@@ -549,15 +548,9 @@ def train(args):
                 step = simulator.step(actions[t])
                 observations, next_observations[t], rewards[t], *ends, valid[t] = step
                 terminations[t], truncations[t] = ends
-                going_on = ~simulator.ended
-                discounted_return = args.gamma * discounted_return + rewards[t] * valid[t]
-                discounted_returns[t] = discounted_return
-                episode_returns += rewards[t] * valid[t]
-                episode_lengths += valid[t]
-                returns[t], lengths[t] = episode_returns, episode_lengths
-                discounted_return *= going_on
-                episode_returns *= going_on
-                episode_lengths *= going_on
+                total = discounts * total + torch.stack([rewards[t], rewards[t], ones]) * valid[t]
+                totals[t] = total
+                total = total * ~simulator.ended
                 logs.append(simulator.info.get("log", {}) if simulator.info else {})
 
             # -------------------------------------------------------------------- (b) advantages
@@ -573,7 +566,7 @@ def train(args):
                 if agent.statistics:
                     # From here on, observations and rewards are normalized with this rollout's.
                     data = {"actor": actor_observations, "critic": critic_observations}
-                    data["return"] = discounted_returns
+                    data["return"] = totals[:, 0]
                     for name, statistics in agent.statistics.items():
                         statistics.update(data[name].flatten(0, 1), valid.flatten())
                     scale = agent.statistics["return"].std
@@ -598,7 +591,7 @@ def train(args):
                 for group in optimizer.param_groups:
                     # Detail 4. A number instead of a tensor would make --compile compile again.
                     group["lr"] = to_device(fraction * group["initial_lr"])
-            updates = []  # the metrics of each
+            updates = []  # the metrics of each, one tensor
             # The samples come first, in random order. Rows that are none are replaced by samples
             # that are drawn again, so that all minibatches have one size, which the host knows.
             places = torch.arange(batch_size, device=device) % valid.sum().clamp(min=1)
@@ -608,21 +601,17 @@ def train(args):
                 for indices in permutation.split(batch_size // args.num_minibatches):
                     # index_select() takes half the time of x[indices].
                     minibatch = {name: x.index_select(0, indices) for name, x in batch.items()}
-                    values = update(minibatch)
-                    # A copy: CUDA graphs write into the same memory again.
-                    updates.append({name: value.clone() for name, value in values.items()})
+                    metrics = update(minibatch)
+                    updates.append(torch.stack(list(metrics.values())))
                     if args.desired_kl is not None:
-                        adapt(optimizer, updates[-1]["losses/approx_kl"], args.desired_kl)
-                if args.target_kl is not None:
-                    last_kl = updates[-1]["losses/approx_kl"]
-                    if last_kl > args.target_kl:  # the host waits for the device here
-                        break
+                        adapt(optimizer, metrics["losses/approx_kl"], args.desired_kl)
+                # The host waits for the device here.
+                if args.target_kl is not None and metrics["losses/approx_kl"] > args.target_kl:
+                    break
             global_step += batch_size
 
             # ------------------------------------------------------------------ (d) log and save
-            metrics = {}
-            for name in updates[0]:
-                metrics[name] = torch.stack([x[name] for x in updates]).mean().item()
+            metrics = dict(zip(metrics, torch.stack(updates).mean(0).tolist(), strict=True))
             samples = valid.flatten()
             inputs = {"observation": actor_observations[valid], "reward": rewards[valid]}
             # The sum is finite if and only if all numbers are.
@@ -635,7 +624,7 @@ def train(args):
             now = time.monotonic()
             metrics["charts/SPS"] = batch_size / (now - iteration_start)
             ended = terminations | truncations
-            finished_returns, finished_lengths = returns[ended].tolist(), lengths[ended].tolist()
+            _, finished_returns, finished_lengths = totals.transpose(1, 2)[ended].T.tolist()
             metrics["charts/episodes"] = len(finished_returns)
             if finished_returns:
                 metrics["charts/episodic_return"] = np.mean(finished_returns)
@@ -821,6 +810,8 @@ def evaluate(args, run, max_steps=20_000):
         play(args, run, 1, 2000, "human")
     if args.capture_video:
         *_, frames = play(args, run, 1, 2000, "rgb_array")
+        from gymnasium.utils.save_video import save_video  # a twentieth of a second
+
         videos = f"{run}/videos"
         save_video(
             frames, videos, episode_trigger=lambda _: True, fps=30, name_prefix=f"eval-{step}"
@@ -877,7 +868,7 @@ def main():
             evaluate(args, run)
         else:
             train(args)
-    except (UsageError, OSError) as error:
+    except (UsageError, OSError, torch.OutOfMemoryError) as error:
         disk = (errno.ENOSPC, errno.EACCES, errno.EROFS)  # full, or not to be written to
         if isinstance(error, OSError) and error.errno not in disk:
             raise

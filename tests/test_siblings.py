@@ -16,7 +16,7 @@ SET_UP = "train: set-up: device, environments, agent, optimizer"
 DIFFERENT = {
     ("ppo_continuous_action", "ppo"): NETWORKS | DATA | {"make_envs.make_env", "evaluate"},
     ("ppo_lstm", "ppo"): NETWORKS | DATA | LEARNING | {"make_envs.make_env", "train", "evaluate", SET_UP},
-    ("ppo_atari", "ppo"): NETWORKS | DATA | LEARNING | {"train.update", "train: (d) log and save"},
+    ("ppo_atari", "ppo"): NETWORKS | DATA | LEARNING | {"train: (d) log and save"},
     ("ppo_atari_multigpu", "ppo_atari"): LEARNING | {"train", "train.update", "train: (d) log and save", SET_UP},
 }
 DIFFERENT["ppo_atari", "ppo"] |= {"make_envs", "load_agent", "evaluate", SET_UP, "train: set-up: logging"}

@@ -126,25 +126,6 @@ def test_samples_are_what_happened(kind, use_torch, groups):
     assert isinstance(envs.actions[0], torch.Tensor if use_torch else np.ndarray)
 
 
-def test_an_object_array_of_last_observations():
-    """As Gymnasium's own vector environments return them."""
-
-    class Objects(Episodes):
-        def step(self, actions):
-            *step, info = super().step(actions)
-            last = np.empty(5, object)
-            for i in np.flatnonzero(step[2] | step[3]):
-                last[i] = info["final_obs"][i]
-            return *step, {"final_obs": last}
-
-    simulators = [Simulator(kind(5, "same step", use_torch=False), 5, "cpu") for kind in (Episodes, Objects)]
-    for simulator in simulators:
-        simulator.reset(seed=1)
-    for _ in range(10):
-        one, other = (simulator.step(torch.zeros(5, dtype=torch.int64)) for simulator in simulators)
-        assert torch.equal(one[1], other[1])
-
-
 @pytest.mark.parametrize("metadata", [{}, {"autoreset_mode": "guess"}, None])
 def test_a_simulator_that_names_no_kind_is_refused(metadata):
     envs = Episodes(2)
@@ -277,7 +258,7 @@ def test_the_host_reads_a_constant_number_of_times(kind, box, monkeypatch):
         with Synchronizations() as mode, contextlib.redirect_stdout(io.StringIO()):
             ppo_vector.train(args)
         counts.append(mode.count)
-    assert 20 < counts[0] < 60
+    assert 5 < counts[0] < 25
     assert len(set(counts)) == 1
 
 
