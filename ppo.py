@@ -18,12 +18,12 @@
     python ppo.py --evaluate runs/RUN --capture-video  # film greedy episodes
     tensorboard --logdir runs                          # learning curves
 
-PPO is what stands from Agent to the end of train(); what stands below it serves any algorithm.
+PPO is what stands from layer_init() to the end of train(). What stands below is not PPO.
 In a notebook or debugger: `from ppo import Args, train; run = train(Args(total_timesteps=10_000))`.
 For a loop of one's own: make_envs, Agent, compute_gae, ppo_loss, load_agent, evaluate.
 A minimal version does without --resume, --compile, videos, signals, checks and target_kl.
 
-    T, N       num_steps and num_envs: steps of each environment per iteration, environments
+    T, N       num_steps, of each environment in an iteration, and num_envs
     batch      the T * N samples of an iteration, split into num_minibatches in each epoch
     detail n   of The 37 Implementation Details of Proximal Policy Optimization (Huang et al.),
                https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/
@@ -116,7 +116,8 @@ class Environment(gym.Wrapper):
     """An environment as train() needs it: its observations are vectors, float32.
 
     Leaves out info, and the options of reset(): vector environments merge the infos of all copies,
-    which fails where these differ in shape or type. A fork that needs an entry returns it here.
+    which fails where these differ in shape or type. A fork that needs an entry returns it here, for
+    train() to use.
     """
 
     def __init__(self, env):
@@ -130,7 +131,7 @@ class Environment(gym.Wrapper):
         self.observation_space = spaces.Box(-np.inf, np.inf, (self.num_inputs,))
 
     def vector(self, observation):
-        """NumPy's, for an observation in NumPy or torch; one on a GPU needs .cpu() here."""
+        """An observation, which may be a torch tensor (on a GPU, add .cpu() here), as a vector."""
         return np.asarray(numbers_in(self.space, observation), np.float32).reshape(self.num_inputs)
 
     def reset(self, *, seed=None, options=None):
@@ -194,7 +195,7 @@ def mlp(num_inputs, num_outputs, std):
 class Agent(nn.Module):
     """The policy (actor) and the value function (critic), two separate networks (detail 13).
 
-    The axes before that of num_inputs are [N], [T, N] or [minibatch_size], here written [...].
+    In shapes, [...] stands for [N], [T, N] or [minibatch_size].
     """
 
     def __init__(self, envs):
@@ -209,8 +210,9 @@ class Agent(nn.Module):
         """Actions, int64 [N], for observations [N, num_inputs]: samples, or the most probable."""
         logits = self.actor(observations)
         if not greedy:
-            # Gumbel-max: the argmax of logits plus Gumbel noise is a sample from softmax(logits).
-            # torch.multinomial() takes twice, Categorical ten times as long, a quarter of a run.
+            # Gumbel-max: the argmax of logits plus Gumbel noise, -log(exponential noise), samples
+            # from softmax(logits). torch.multinomial() takes twice as long, Categorical
+            # ten times as long, which would be a quarter of the time of a run.
             logits = logits - torch.empty_like(logits).exponential_().log()
         return logits.argmax(-1)
 
@@ -237,8 +239,8 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
 
     s'_t is the true next observation, also at the end of an episode. After a termination there is
     no further reward and V(s'_t) is left out; a truncated episode (e.g. by a time limit) would go
-    on, and V(s'_t) is kept. All arrays are [num_steps, num_envs], terminations and truncations
-    boolean. Returns the advantages.
+    on, and V(s'_t) is kept. All are NumPy arrays [num_steps, num_envs], terminations and
+    truncations boolean. Returns the advantages.
     """
     next_values = np.where(terminations, 0.0, next_values)  # the last observation may be NaN
     deltas = rewards + gamma * next_values - values
@@ -375,14 +377,15 @@ def train(args):
     total_steps = num_iterations * batch_size
     print(f"{run_dir}: steps {global_step:,} to {total_steps:,} by {batch_size:,}", flush=True)
     if global_step >= total_steps:
-        print("this run is finished; a larger --total-timesteps extends it")
+        print("this run is finished; a larger --total-timesteps extends it, at a higher rate")
     last_save = last_print = -math.inf
 
     with delayed_signals() as received, writer, closing_envs(envs):
         for iteration in range(global_step // batch_size, num_iterations):
             # --------------------------------- (a) roll out: num_steps steps in every environment
             iteration_start = time.monotonic()
-            # A seed for each iteration: a resumed run draws as if it had not been stopped.
+            # A seed for each iteration: a resumed run begins new episodes, but draws the same noise
+            # and minibatches as one that has not been stopped.
             torch.manual_seed(make_seed("iteration", args.seed, iteration))
             finished_returns, finished_lengths = [], []
             for t in range(T):
@@ -423,7 +426,7 @@ def train(args):
             for group in optimizer.param_groups:
                 # Detail 4. A number instead of a tensor would make --compile compile again.
                 group["lr"] = to_device(fraction * group["initial_lr"])
-            updates = []  # the metrics of each
+            updates = []  # the metrics of each update
             for _ in range(args.update_epochs):
                 permutation = torch.randperm(batch_size).to(device)
                 for indices in permutation.split(batch_size // args.num_minibatches):
@@ -436,7 +439,7 @@ def train(args):
             global_step += batch_size
 
             # ------------------------------------------------------------------ (d) log and save
-            metrics = {}
+            metrics = {}  # means over the updates
             for name in updates[0]:
                 metrics[name] = torch.stack([x[name] for x in updates]).mean().item()
             # The last observation of a terminated episode is not used, and may be NaN.
@@ -478,8 +481,7 @@ def train(args):
 
 
 # --------------------------------------------------------------------------------------------------
-# This is the end of PPO. The rest serves any algorithm: errors, spaces, checkpoints, evaluation and
-# the command line.
+# This is the end of PPO. The rest: errors, spaces, checkpoints, evaluation and the command line.
 
 
 class UsageError(Exception):
@@ -516,7 +518,7 @@ def delayed_signals():
 
 @contextmanager
 def closing_envs(envs):
-    """Close environments in the end. Their errors are shown, and processes that hang are ended."""
+    """Close environments at the end. Their errors are shown, and processes that hang are ended."""
     try:
         yield
     finally:

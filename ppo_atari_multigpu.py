@@ -19,11 +19,11 @@
 Differs from ppo_atari.py in that W processes share the games, learn from minibatches of their own
 and take the mean of their gradients. Process 0 makes the run's folder, logs and saves.
 
-PPO is what stands from Agent to the end of train(); what stands below it serves any algorithm.
+PPO is what stands from layer_init() to the end of train(). What stands below is not PPO.
 For a loop of one's own: make_envs, Agent, compute_gae, ppo_loss, load_agent, evaluate.
 A minimal version does without --resume, --compile, videos, signals, checks and target_kl.
 
-    T, N       num_steps and num_envs: steps of each environment per iteration, environments
+    T, N       num_steps, of each environment in an iteration, and num_envs
     batch      the T * N samples of an iteration, split into num_minibatches in each epoch
     detail n   of The 37 Implementation Details of Proximal Policy Optimization (Huang et al.),
                https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/
@@ -192,8 +192,9 @@ class Agent(nn.Module):
         """Actions, int64 [N], for features [N, 512]: samples, or the most probable."""
         logits = self.actor(features)
         if not greedy:
-            # Gumbel-max: the argmax of logits plus Gumbel noise is a sample from softmax(logits).
-            # torch.multinomial() takes twice, Categorical ten times as long.
+            # Gumbel-max: the argmax of logits plus Gumbel noise, -log(exponential noise), samples
+            # from softmax(logits). torch.multinomial() takes twice as long, Categorical
+            # ten times as long.
             logits = logits - torch.empty_like(logits).exponential_().log()
         return logits.argmax(-1)
 
@@ -224,8 +225,8 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
 
     s'_t is the true next observation, also at the end of an episode. After a termination there is
     no further reward and V(s'_t) is left out; a truncated episode (e.g. by a time limit) would go
-    on, and V(s'_t) is kept. All arrays are [num_steps, num_envs], terminations and truncations
-    boolean. Returns the advantages.
+    on, and V(s'_t) is kept. All are NumPy arrays [num_steps, num_envs], terminations and
+    truncations boolean. Returns the advantages.
     """
     next_values = np.where(terminations, 0.0, next_values)  # the last observation may be NaN
     deltas = rewards + gamma * next_values - values
@@ -382,14 +383,15 @@ def train(args):
         writer.add_text("hyperparameters", "\n".join(flags))
         print(f"{run_dir}: steps {global_step:,} to {total_steps:,} by {batch_size:,}", flush=True)
         if global_step >= total_steps:
-            print("this run is finished; a larger --total-timesteps extends it")
+            print("this run is finished; a larger --total-timesteps extends it, at a higher rate")
     last_save = last_print = -math.inf
 
     with delayed_signals() as received, writer if rank == 0 else nullcontext(), closing(envs):
         for iteration in range(global_step // batch_size, num_iterations):
             # --------------------------------- (a) roll out: num_steps steps in every environment
             iteration_start = time.monotonic()
-            # A seed for each iteration: a resumed run draws as if it had not been stopped.
+            # A seed for each iteration: a resumed run begins new episodes, but draws the same noise
+            # and minibatches as one that has not been stopped.
             torch.manual_seed(make_seed("iteration", args.seed, iteration, rank))
             finished_returns, finished_lengths, final_frames = [], [], []
             observations[0] = observations[T]
@@ -439,7 +441,7 @@ def train(args):
             for group in optimizer.param_groups:
                 # Detail 4. A number instead of a tensor would make --compile compile again.
                 group["lr"] = to_device(fraction * group["initial_lr"])
-            updates = []  # the metrics of each
+            updates = []  # the metrics of each update
             for _ in range(args.update_epochs):
                 permutation = torch.randperm(N * T).to(device)
                 for indices in permutation.split(N * T // args.num_minibatches):
@@ -468,7 +470,7 @@ def train(args):
                 if signum:
                     break
                 continue
-            metrics = {}
+            metrics = {}  # means over the updates
             for name in updates[0]:
                 metrics[name] = torch.stack([x[name] for x in updates]).mean().item()
             check_finite({"reward": rewards} | metrics, global_step)
@@ -512,8 +514,7 @@ def train(args):
 
 
 # --------------------------------------------------------------------------------------------------
-# This is the end of PPO. The rest serves any algorithm: errors, spaces, checkpoints, evaluation and
-# the command line.
+# This is the end of PPO. The rest: errors, spaces, checkpoints, evaluation and the command line.
 
 
 class UsageError(Exception):

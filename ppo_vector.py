@@ -24,12 +24,12 @@ discrete or continuous actions, and that all that is learned from are tensors on
 the host reads once in an iteration. Policy and normalization of continuous actions are those of
 ppo_continuous_action.py. How episodes end is the main thing to get right, see Simulator.
 
-PPO is what stands from Agent to the end of train(); what stands below it serves any algorithm.
+PPO is what stands from layer_init() to the end of train(). What stands below is not PPO.
 In a notebook or debugger: `from ppo_vector import Args, train; run = train(Args())`.
 For a loop of one's own: make_envs, Agent, compute_gae, ppo_loss, load_agent, evaluate.
 A minimal version does without --resume, --compile, videos, signals, checks and target_kl.
 
-    T, N       num_steps and num_envs: steps of each environment per iteration, environments
+    T, N       num_steps, of each environment in an iteration, and num_envs
     batch      the T * N samples of an iteration, split into num_minibatches in each epoch
     detail n   of The 37 Implementation Details of Proximal Policy Optimization (Huang et al.),
                https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/
@@ -302,8 +302,8 @@ class RunningStatistics(nn.Module):
 class Agent(nn.Module):
     """The policy (actor) and the value function (critic), two separate networks (detail 13).
 
-    Actions are Discrete, or continuous with a normal distribution (detail 23). The axes before that
-    of the inputs are [N], [T, N] or [minibatch_size], here written [...].
+    Actions are Discrete, or continuous with a normal distribution (detail 23). In shapes, [...]
+    stands for [N], [T, N] or [minibatch_size].
     """
 
     def __init__(self, args, simulator):
@@ -338,7 +338,8 @@ class Agent(nn.Module):
         if self.is_continuous:
             return outputs if greedy else outputs + self.log_std.exp() * torch.randn_like(outputs)
         if not greedy:
-            # Gumbel-max: the argmax of logits plus Gumbel noise is a sample from softmax(logits).
+            # Gumbel-max: the argmax of logits plus Gumbel noise, -log(exponential noise), samples
+            # from softmax(logits).
             outputs = outputs - torch.empty_like(outputs).exponential_().log()
         return outputs.argmax(-1)
 
@@ -530,14 +531,15 @@ def train(args):
     total_steps = num_iterations * batch_size
     print(f"{run_dir}: steps {global_step:,} to {total_steps:,} by {batch_size:,}", flush=True)
     if global_step >= total_steps:
-        print("this run is finished; a larger --total-timesteps extends it")
+        print("this run is finished; a larger --total-timesteps extends it, at a higher rate")
     last_save = last_print = -math.inf
 
     with delayed_signals() as received, writer, closing_envs(simulator.envs):
         for iteration in range(global_step // batch_size, num_iterations):
             # --------------------------------- (a) roll out: num_steps steps in every environment
             iteration_start = time.monotonic()
-            # A seed for each iteration: a resumed run draws as if it had not been stopped.
+            # A seed for each iteration: a resumed run begins new episodes, but draws the same noise
+            # and minibatches as one that has not been stopped.
             torch.manual_seed(make_seed("iteration", args.seed, iteration))
             logs = []
             for t in range(T):
@@ -591,7 +593,7 @@ def train(args):
                 for group in optimizer.param_groups:
                     # Detail 4. A number instead of a tensor would make --compile compile again.
                     group["lr"] = to_device(fraction * group["initial_lr"])
-            updates = []  # the metrics of each, one tensor
+            updates = []  # the metrics of each update, one tensor
             # The samples come first, in random order. Rows that are none are replaced by samples
             # that are drawn again, so that all minibatches have one size, which the host knows.
             places = torch.arange(batch_size, device=device) % valid.sum().clamp(min=1)
@@ -656,8 +658,7 @@ def train(args):
 
 
 # --------------------------------------------------------------------------------------------------
-# This is the end of PPO. The rest serves any algorithm: errors, checkpoints, evaluation and
-# the command line.
+# This is the end of PPO. The rest: errors, checkpoints, evaluation and the command line.
 
 
 class UsageError(Exception):
@@ -694,7 +695,7 @@ def delayed_signals():
 
 @contextmanager
 def closing_envs(envs):
-    """Close environments in the end. Their errors are shown, and processes that hang are ended."""
+    """Close environments at the end. Their errors are shown, and processes that hang are ended."""
     try:
         yield
     finally:

@@ -296,7 +296,7 @@ def test_more_timesteps_extend_a_finished_run(command_line):
         next_second()
         result = command_line("--resume", run_dir, "--eval-episodes", 1, *flags)
         assert result.code == 0
-        message = "this run is finished; a larger --total-timesteps extends it"
+        message = "this run is finished; a larger --total-timesteps extends it, at a higher rate"
         assert (message in result.out.splitlines()) == (not flags)
     curve = curves(run_dir)
     rates = [1, 1 / 2, 1 / 2, 1 / 4]  # of 2 iterations, then those after 2 of 4
