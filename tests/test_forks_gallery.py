@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -19,6 +20,8 @@ import torch
 from gymnasium.envs.toy_text.taxi import TaxiEnv
 from helpers import ROOT, curves, load, run, the_run, train
 from torch.distributions import Categorical, Normal, TanhTransform, TransformedDistribution
+
+import ppo_vector
 
 TEXT = (ROOT / "docs" / "forks.md").read_text()
 PARTS = re.split(r"^## \d+\. (.*)\n", TEXT, flags=re.MULTILINE)
@@ -183,6 +186,29 @@ def test_onnx(actions):
     path = train(script, env_id="probe_envs:Spaces-v0", env_kwargs=env_kwargs, num_steps=64, total_timesteps=4096)
     done = run(sys.executable, "export_onnx.py", path)
     assert done.code == 0 and "differ by at most" in done.out, done
+
+
+@pytest.mark.forks
+def test_export_of_ppo_vector():
+    """The greedy policy of load_agent() holds the normalization, too."""
+    import onnxruntime
+
+    args = ppo_vector.Args("test_vector:make_episodes", env_kwargs=("box=True",), num_envs=6, num_steps=16)
+    agent = ppo_vector.load_agent(ppo_vector.train(replace(args, total_timesteps=192, eval_episodes=2)))
+
+    class Policy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.agent = agent
+
+        def forward(self, observations):
+            return self.agent.act(observations, greedy=True)
+
+    x = 5 * torch.randn(50, 3)
+    torch.onnx.export(Policy(), (x,), "policy.onnx", external_data=False, dynamic_shapes=[{0: "N"}])
+    (actions,) = onnxruntime.InferenceSession("policy.onnx").run(None, {"observations": x.numpy()})
+    assert agent.statistics["actor"].mean.abs().max() > 0.1
+    np.testing.assert_allclose(actions, agent.act(x, greedy=True).detach(), atol=1e-5)
 
 
 def test_tanh():
