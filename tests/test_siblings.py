@@ -92,7 +92,7 @@ def test_the_loss_and_the_saving_are_the_same_in_all_scripts(script):
 def test_what_the_script_for_simulators_shares_is_the_same_to_the_letter():
     """It has sections and flags in the same order, and functions of its own for all that is a tensor on the device."""
     ours, theirs = definitions(source("ppo")), definitions(source("ppo_vector"))
-    same = {"layer_init", "ppo_loss", "train.update", "UsageError", "Stopped", "delayed_signals", "get_device"}
+    same = {"ppo_loss", "train.update", "UsageError", "Stopped", "delayed_signals", "get_device"}
     same |= {"check_finite", "make_seed", "make_run_dir", "save_checkpoint", "load_checkpoint", "main"}
     same |= {"Args.__post_init__"}
     assert {name for name in same if ours[name] == theirs[name]} == same

@@ -35,14 +35,13 @@ class Episodes:
         self.metadata = {"autoreset_mode": modes.get(kind, AutoresetMode.SAME_STEP)}
         self.single_action_space = Box(-2, 6, (2,), np.float32) if box else Discrete(3)
         self.copies = torch.arange(num_envs)
-        self.closed, self.actions = False, []
+        self.closed, self.actions, self.buffer = False, [], None
 
     def out(self, x):
         return x if self.use_torch else x.numpy()
 
     def observe(self):
-        x = torch.stack([self.episodes, self.steps, self.copies], 1).float()
-        return x
+        return torch.stack([self.episodes, self.steps, self.copies], 1).float()
 
     def returned(self, x):
         if self.groups:
@@ -78,7 +77,11 @@ class Episodes:
             self.episodes += self.over
             self.steps = torch.where(self.over, 0, self.steps)
             last = self.observe()
-        return (self.returned(last), *map(self.out, (rewards, terminations, truncations)), info)
+        if self.buffer is None or self.groups:
+            self.buffer = self.returned(last)
+        else:  # the same memory in each step, as in some simulators
+            self.buffer[:] = self.returned(last)
+        return (self.buffer, *map(self.out, (rewards, terminations, truncations)), info)
 
     def close(self):
         self.closed = True
