@@ -149,7 +149,12 @@ def global_step(folder: Path, run_name: str) -> int:
     return torch.load(folder / "runs" / run_name / "checkpoint.pt", weights_only=True)["global_step"]
 
 
-@pytest.mark.parametrize("command", TRAIN)
+def marks(command: str):
+    """Simulators that need tests/requirements-vector.txt are tried by `pytest -m vector`."""
+    return pytest.mark.vector if "envpool/" in command or "mjlab/" in command else ()
+
+
+@pytest.mark.parametrize("command", [pytest.param(command, marks=marks(command)) for command in TRAIN])
 def test_training_script(clone, short_run, command):
     """Each training, resuming and evaluating command, with one iteration or one more; twice if for two machines."""
     *variables, command = re.fullmatch(r"(?:(\w+)=(\S+) )?(.+)", command).groups()
