@@ -307,7 +307,7 @@ class Agent(nn.Module):
         self.statistics = nn.ModuleDict()
         if args.normalize and self.is_continuous:
             self.statistics.update({name: RunningStatistics(n) for name, n in sizes.items()})
-            self.statistics["return"] = RunningStatistics()
+            self.statistics["returns"] = RunningStatistics()
         mlp = partial(make_mlp, args.hidden_sizes, getattr(nn, args.activation))
         # Another network goes here, and an auxiliary head, whose loss is added in ppo_loss().
         self.actor = mlp(sizes["actor"], simulator.num_actions)
@@ -566,10 +566,10 @@ def train(args):
                 if agent.statistics:
                     # From here on, observations and rewards are normalized with this rollout's.
                     data = {"actor": actor_observations, "critic": critic_observations}
-                    data["return"] = totals[:, 0]
+                    data["returns"] = totals[:, 0]
                     for name, statistics in agent.statistics.items():
                         statistics.update(data[name].flatten(0, 1), valid.flatten())
-                    scale = agent.statistics["return"].std
+                    scale = agent.statistics["returns"].std
                     scaled_rewards = (rewards / scale).clamp(-10, 10)  # details 30 and 31
                     batch["old_values"] = agent.value(critic_observations)
                 next_values = agent.value(next_observations)

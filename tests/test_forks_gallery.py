@@ -205,7 +205,7 @@ def test_export_of_ppo_vector():
             return self.agent.act(observations, greedy=True)
 
     x = 5 * torch.randn(50, 3)
-    torch.onnx.export(Policy(), (x,), "policy.onnx", external_data=False, dynamic_shapes=[{0: "N"}])
+    torch.onnx.export(Policy().eval(), (x,), "policy.onnx", external_data=False, dynamic_shapes=[{0: "N"}])
     (actions,) = onnxruntime.InferenceSession("policy.onnx").run(None, {"observations": x.numpy()})
     assert agent.statistics["actor"].mean.abs().max() > 0.1
     np.testing.assert_allclose(actions, agent.act(x, greedy=True).detach(), atol=1e-5)
