@@ -328,7 +328,7 @@ def train(args):
         eps=1e-5,  # Adam's epsilon (detail 3)
         fused=not args.compile,  # one kernel, 0.05 ms instead of 0.2; torch.compile makes its own
         foreach=False,
-        capturable=args.compile and device.type == "cuda",  # else --compile fails there
+        capturable=args.compile and device.type == "cuda",  # Adam's step count on the GPU
     )
     global_step = 0
     if args.resume:
