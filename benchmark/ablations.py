@@ -1,10 +1,12 @@
-"""What each detail is worth: training without it, beside the default.
+"""What a detail, or a proposal of a paper, is worth: training without or with it, beside the default.
 
-    python benchmark/ablations.py --jobs 2                        # all runs
-    python benchmark/ablations.py --jobs 2 --env-ids CartPole-v1  # one environment
+    python benchmark/ablations.py details --jobs 2                        # all runs
+    python benchmark/ablations.py details --jobs 2 --env-ids CartPole-v1  # one environment
+    python benchmark/ablations.py screen --jobs 2     # all proposals with two seeds
+    python benchmark/ablations.py proposals --jobs 2  # the chosen ones with five others
 
-A variant is a file in benchmark/ablations/<script>: flags or a diff of the script. Seeds are 1 to 10 for the default, 1
-to 5 for a variant. The same command continues after an interruption. Results: benchmark/results/ablations.{csv,md,png}.
+A variant is a file in benchmark/ablations/{details,proposals}/<script>: flags or a diff of the script. The same command
+continues after an interruption. Results: benchmark/results/<question>.{csv,md,png}.
 
 Requirements: pip install -r requirements.txt -r benchmark/requirements.txt
 """
@@ -25,14 +27,24 @@ SUITES = {  # environment: script and flags of all its runs
     "CartPole-v1": ("ppo", []),
     "LunarLander-v3": ("ppo", ["--total-timesteps", "1000000", "--compile"]),
     "HalfCheetah-v5": ("ppo_continuous_action", ["--compile"]),
+    "Hopper-v5": ("ppo_continuous_action", ["--compile"]),
+    "Ant-v5": ("ppo_continuous_action", ["--compile"]),
 }
+QUESTIONS = {  # folder of the variants, environments, seeds of the default, seeds of a variant
+    "details": ("details", ("CartPole-v1", "LunarLander-v3", "HalfCheetah-v5"), range(1, 11), range(1, 6)),
+    "screen": ("proposals", ("LunarLander-v3", "HalfCheetah-v5", "Hopper-v5"), (201, 202), (201, 202)),
+    "proposals": ("proposals", ("LunarLander-v3", "HalfCheetah-v5", "Hopper-v5", "Ant-v5"), range(1, 6), range(1, 6)),
+}
+FINALISTS = ("advantages_each_epoch", "spo_loss")  # of the question "proposals"
 
 
-def make_variants(script: str, folder: Path) -> dict[str, tuple[Path, list[str]]]:
+def make_variants(script: str, question: str, folder: Path) -> dict[str, tuple[Path, list[str]]]:
     """Return the path of the script, copied to `folder` and patched, and the flags of each variant."""
     folder.mkdir(parents=True, exist_ok=True)
     variants = {"default": (learning.ROOT / f"{script}.py", [])}
-    for file in sorted(Path(learning.ROOT, "benchmark", "ablations", script).iterdir()):
+    for file in sorted(Path(learning.ROOT, "benchmark", "ablations", QUESTIONS[question][0], script).iterdir()):
+        if question == "proposals" and file.stem not in FINALISTS:
+            continue
         if file.suffix == ".diff":
             path = folder / f"{script}__{file.stem}.py"
             subprocess.run(["patch", "--silent", "-F0", "--output", path, variants["default"][0], file], check=True)
@@ -53,7 +65,12 @@ def steps_to(run: learning.Run, threshold: float) -> int:
 
 
 def compare(values: dict[str, list[float]]) -> dict[str, str]:
-    """Return a table cell per variant: mean, standard deviation, difference to the default, Welch's p (Holm, 1979)."""
+    """Return a table cell per variant: mean, standard deviation, difference to the default, Welch's p (Holm, 1979).
+
+    With two seeds, both values instead of the standard deviation and p.
+    """
+    if len(values["default"]) < 3:
+        return {name: " and ".join(f"{value:,.1f}" for value in x) for name, x in values.items()}
     default, names = values["default"], [name for name in values if name != "default"]
     p_values = np.array([ttest_ind(default, values[name], equal_var=False).pvalue for name in names])
     p_values = np.nan_to_num(p_values, nan=1.0)  # NaN: all runs have the same value
@@ -65,17 +82,18 @@ def compare(values: dict[str, list[float]]) -> dict[str, str]:
     return cells
 
 
-def write_results(values: dict[str, dict[str, list[float]]], machines: list[str]) -> None:
+def write_results(question: str, values: dict[str, dict[str, list[float]]], machines: list[str]) -> None:
     """Write the values[result][variant], one per seed, as a table, a CSV and a picture."""
     columns = {result: compare(x) for result, x in values.items()}
     lines = [f"| variant | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name in dict.fromkeys(name for x in values.values() for name in x):
         lines.append(f"| {name} | {' | '.join(cells.get(name, '') for cells in columns.values())} |")
     lines += ["", "In brackets: difference to default; p of Welch's test with Holm's correction.", "", *machines, ""]
-    (learning.RESULTS / "ablations.md").write_text("\n".join(lines))
-    with open(learning.RESULTS / "ablations.csv", "w", newline="") as file:
+    (learning.RESULTS / f"{question}.md").write_text("\n".join(lines))
+    with open(learning.RESULTS / f"{question}.csv", "w", newline="") as file:
         rows = [[result, name, *x] for result, variants in values.items() for name, x in variants.items()]
-        csv.writer(file, lineterminator="\n").writerows([["result", "variant", *range(1, 11)], *rows])
+        seeds = QUESTIONS[question][2]
+        csv.writer(file, lineterminator="\n").writerows([["result", "variant", *seeds], *rows])
     figure = Figure(figsize=(12, 8), layout="constrained")
     for panel, (result, x) in zip(figure.subplots(2, 2).flat, values.items(), strict=False):
         panel.axvspan(min(x["default"]), max(x["default"]), color="tab:blue", alpha=0.2, linewidth=0)
@@ -85,19 +103,21 @@ def write_results(values: dict[str, dict[str, list[float]]], machines: list[str]
         panel.set_yticks(range(len(x)), [name.replace("_", " ") for name in x])
         panel.invert_yaxis()
         panel.set_title(result)
-    figure.savefig(learning.RESULTS / "ablations.png", dpi=110)
+    figure.savefig(learning.RESULTS / f"{question}.png", dpi=110)
 
 
-def main(env_ids: tuple[str, ...] = tuple(SUITES), jobs: int = 1) -> None:
-    """Train in these environments, with this number of runs at the same time, and write the results."""
+def main(question: tyro.conf.Positional[str], env_ids: tuple[str, ...] = (), jobs: int = 1) -> None:
+    """Train for this question in these environments (none: all), with this number of runs at the same time."""
+    _, all_env_ids, default_seeds, variant_seeds = QUESTIONS[question]
     values, machines = {}, {}
-    for env_id, (script, flags) in SUITES.items():
+    for env_id in all_env_ids:
+        script, flags = SUITES[env_id]
         groups = {}
-        for name, (path, variant_flags) in make_variants(script, learning.ROOT / "runs" / "ablations").items():
-            seeds = tuple(range(1, 6 if variant_flags or path.parent != learning.ROOT else 11))
+        for name, (path, variant_flags) in make_variants(script, question, learning.ROOT / "runs" / "ablations").items():
+            seeds = tuple(default_seeds if name == "default" else variant_seeds)
             job_args = learning.Args(path, (env_id,), seeds, name=f"ablations/{name}")
             groups[name] = learning.make_jobs(job_args, flags + variant_flags)
-        if env_id in env_ids:
+        if env_id in (env_ids or all_env_ids):
             todo = [job for group in groups.values() for job in group if not job.finished.is_file()]
             machine = learning.describe_machine(learning.ROOT / f"{script}.py", jobs)
             learning.run_jobs(sorted(todo, key=lambda job: job.seed), jobs, machine)
@@ -109,7 +129,7 @@ def main(env_ids: tuple[str, ...] = tuple(SUITES), jobs: int = 1) -> None:
                 values.setdefault(f"{env_id}, last 100 episodes", {})[name] = [run.last_return for run in runs]
             if runs and env_id == "CartPole-v1":  # most variants end at 500
                 values.setdefault(f"{env_id}, steps to 475", {})[name] = [steps_to(run, 475) for run in runs]
-    write_results(values, list(machines))
+    write_results(question, values, list(machines))
 
 
 if __name__ == "__main__":
