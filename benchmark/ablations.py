@@ -112,8 +112,9 @@ def main(question: tyro.conf.Positional[str], env_ids: tuple[str, ...] = (), job
     values, machines = {}, {}
     for env_id in all_env_ids:
         script, flags = SUITES[env_id]
+        variants = make_variants(script, question, learning.ROOT / "runs" / "ablations")
         groups = {}
-        for name, (path, variant_flags) in make_variants(script, question, learning.ROOT / "runs" / "ablations").items():
+        for name, (path, variant_flags) in variants.items():
             seeds = tuple(default_seeds if name == "default" else variant_seeds)
             job_args = learning.Args(path, (env_id,), seeds, name=f"ablations/{name}")
             groups[name] = learning.make_jobs(job_args, flags + variant_flags)
