@@ -38,18 +38,19 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark" / "results"
 CURVE_POINTS = 200  # per run, in the CSV and the picture
 
-# Published mean and standard deviation by the environment's name without its version. CleanRL and openai/baselines:
-# training return, 3 seeds. RL-Zoo: evaluation of tuned agents. Tianshou: best evaluation within 1M steps, 10 seeds.
+# Published mean and standard deviation by the environment's name without its version. CleanRL, and openai/baselines as run
+# by Huang et al. (2022) and quoted by CleanRL: training return, 3 seeds. RL-Zoo: evaluation of one agent, standard
+# deviation over its episodes. Tianshou: best evaluation within 1M steps, 10 seeds.
 # Classic control: 500k steps, Atari: 10M, MuJoCo: 1M (v4; RL-Zoo and Tianshou: v3), except where noted.
 PUBLISHED = {
-    "CartPole": {"CleanRL": (490.0, 6.1), "openai/baselines": (497.5, 4.0), "RL-Zoo evaluated": (500.0, 0.0)},
+    "CartPole": {"CleanRL": (490.0, 6.1), "openai/baselines": (497.5, 4.0), "RL-Zoo evaluated (100k)": (500.0, 0.0)},
     "Acrobot": {"CleanRL": (-86.4, 1.3), "openai/baselines": (-81.8, 5.6), "RL-Zoo evaluated (1M)": (-73.5, 18.2)},
     "LunarLander": {"RL-Zoo evaluated (v2, 1M)": (242.1, 31.8)},
     "FrozenLake": {"optimum, 4x4": (0.74, None)},
-    "Taxi": {"optimum": (7.9, None)},
+    "Taxi": {"optimum": (7.93, None)},
     "Breakout": {"CleanRL": (414.7, 28.1), "openai/baselines": (406.6, 31.6), "RL-Zoo evaluated": (398.0, 33.3)},
     "Pong": {"CleanRL": (20.4, 0.2), "openai/baselines": (20.5, 0.5), "RL-Zoo evaluated": (21.0, 0.1)},
-    "BeamRider": {"CleanRL": (1915.9, 484.6), "openai/baselines": (2643, 671), "RL-Zoo evaluated": (3397, 1662)},
+    "BeamRider": {"CleanRL": (1915.9, 484.6), "openai/baselines": (2643.0, 670.4), "RL-Zoo evaluated": (3397, 1662)},
     "HalfCheetah": {"CleanRL": (1442.6, 46.0), "RL-Zoo evaluated": (5819.0, 664.0), "Tianshou": (5784.0, 1244.0)},
     "Walker2d": {"CleanRL": (2288.0, 571.8), "RL-Zoo evaluated": (3479.0, 822.0), "Tianshou": (3589.0, 757.0)},
     "Hopper": {"CleanRL": (2382.9, 271.7), "RL-Zoo evaluated": (2410.0, 10.0), "Tianshou": (2609.0, 701.0)},
@@ -57,7 +58,7 @@ PUBLISHED = {
     "Ant": {"RL-Zoo evaluated": (1327.0, 452.0), "Tianshou": (3258.0, 1079.0)},
     "Humanoid": {"CleanRL": (716.1, 49.1), "Tianshou": (787.0, 194.0)},
     "Pendulum": {"RL-Zoo evaluated (100k)": (-172.2, 104.2)},
-    "BipedalWalker": {"RL-Zoo evaluated (5M)": (213.3, 129.5)},
+    "BipedalWalker": {"RL-Zoo evaluated (5M)": (287.9, 2.4)},
 }
 
 
