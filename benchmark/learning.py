@@ -38,9 +38,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark" / "results"
 CURVE_POINTS = 200  # per run, in the CSV and the picture
 
-# Published mean and standard deviation by the environment's name without its version. CleanRL, and openai/baselines (runs
-# of Huang et al., 2022, quoted by CleanRL): training return, 3 seeds. RL-Zoo: evaluation of one agent, standard deviation
-# over its episodes. Tianshou: best evaluation within 1M steps, 10 seeds.
+# Published mean and standard deviation by the environment's name without its version. CleanRL, and openai/baselines
+# (runs of Huang et al., 2022, quoted by CleanRL): training return, 3 seeds. RL-Zoo: evaluation of one agent, standard
+# deviation over its episodes. Tianshou: best evaluation within 1M steps, 10 seeds.
 # Classic control: 500k steps, Atari: 10M, MuJoCo: 1M (v4; RL-Zoo and Tianshou: v3), except where noted.
 PUBLISHED = {
     "CartPole": {"CleanRL": (490.0, 6.1), "openai/baselines": (497.5, 4.0), "RL-Zoo evaluated (100k)": (500.0, 0.0)},
