@@ -22,7 +22,8 @@ Differs from ppo.py in the networks, which have an LSTM each. Its state is zero 
 begins (details 33 and 34). A minibatch holds all steps of some environments in order (detail 35),
 and learning computes the states anew from those at the start of the rollout (detail 36). Where an
 episode is truncated, the value of its last observation is computed in the rollout, with the state
-that the critic has at that time. Rewards are scaled by 1 - gamma.
+that the critic has at that time. Rewards are scaled by 1 - gamma, and observations are normalized:
+without their mean and scale, an LSTM learns late that small differences of two matter.
 
 PPO is what stands from layer_init() to the end of train(). What stands below is not PPO.
 In a notebook or debugger: `from ppo_lstm import Args, train; run = train(Args())`.
@@ -236,6 +237,28 @@ class RecurrentNetwork(nn.Module):
         return self.head(features).unflatten(0, (N, T)).transpose(0, 1)
 
 
+class RunningStatistics(nn.Module):
+    """Mean and standard deviation of all data so far, saved with the agent's weights."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("std", torch.ones(shape))
+
+    def update(self, x):
+        """Add the data x, [N, *shape], by the parallel algorithm of Chan et al. (1979)."""
+        x = x.double()
+        old = self.count / (self.count + len(x))  # the share of the earlier data
+        difference = x.mean(0) - self.mean
+        variance = old * self.std.double().square() + (1 - old) * x.var(0, correction=0)
+        variance += old * (1 - old) * difference.square()
+        self.count += len(x)
+        self.mean += (1 - old) * difference
+        # The rounding of float32 must not pass for the deviation of a constant.
+        self.std.copy_(variance.sqrt().clamp(min=1e-6 * self.mean.abs() + 1e-12))
+
+
 class Agent(nn.Module):
     """The policy (actor) and the value function (critic), two separate networks (detail 13).
 
@@ -246,9 +269,15 @@ class Agent(nn.Module):
         super().__init__()
         num_inputs = envs.single_observation_space.shape[0]
         num_actions = int(envs.single_action_space.n)
+        self.observation_statistics = RunningStatistics(num_inputs)
         # Another network goes here, and an auxiliary head, whose loss is added in ppo_loss().
         self.actor = RecurrentNetwork(num_inputs, num_actions, std=0.01)
         self.critic = RecurrentNetwork(num_inputs, 1, std=1.0)
+
+    def normalize(self, observations):
+        """Observations of mean 0 and variance 1, clipped to [-10, 10] (details 28 and 29)."""
+        statistics = self.observation_statistics
+        return ((observations - statistics.mean) / statistics.std).clamp(-10, 10)
 
     def initial_state(self, num_envs):
         """The state at the beginning of an episode (detail 33)."""
@@ -256,6 +285,7 @@ class Agent(nn.Module):
 
     def act(self, observations, state, greedy=False):
         """Actions, int64 [N], for observations [N, num_inputs], and the next state."""
+        observations = self.normalize(observations)
         logits, actor_state = self.actor.step(observations, state[:2])
         _, critic_state = self.critic.step(observations, state[2:])
         if not greedy:
@@ -267,18 +297,19 @@ class Agent(nn.Module):
 
     def value(self, observations, state):
         """Values [N] of observations [N, num_inputs]."""
-        return self.critic.step(observations, state[2:])[0].squeeze(-1)
+        return self.critic.step(self.normalize(observations), state[2:])[0].squeeze(-1)
 
     def evaluate_actions(self, batch):
         """Log-probabilities of batch["actions"], entropies (in nats) and values, each [T, N].
 
         tests/test_lstm.py compares with a computation step by step and torch.distributions.
         """
+        observations = self.normalize(batch["observations"])
         ended, state = batch["ended"], batch["first_state"]
-        logprobs = self.actor(batch["observations"], ended, state[:2]).log_softmax(-1)
+        logprobs = self.actor(observations, ended, state[:2]).log_softmax(-1)
         entropies = -(logprobs.exp() * logprobs).sum(-1)
         logprobs = logprobs.gather(-1, batch["actions"].unsqueeze(-1)).squeeze(-1)
-        values = self.critic(batch["observations"], ended, state[2:]).squeeze(-1)
+        values = self.critic(observations, ended, state[2:]).squeeze(-1)
         return logprobs, entropies, values
 
 
@@ -492,6 +523,8 @@ def train(args):
                 last_kl = updates[-1]["losses/approx_kl"]
                 if args.target_kl is not None and last_kl > args.target_kl:
                     break
+            # From the next iteration on: log-probabilities and states are those of acting.
+            agent.observation_statistics.update(batch["observations"].flatten(0, 1))
             global_step += batch_size
 
             # ------------------------------------------------------------------ (d) log and save

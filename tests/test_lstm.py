@@ -28,7 +28,13 @@ def agent():
     agent = ppo_lstm.Agent(envs)
     with torch.no_grad():
         agent.actor.head.weight.mul_(100)
+    agent.observation_statistics.mean[:], agent.observation_statistics.std[:] = 0.5, 0.8
     return agent
+
+
+def normalized(observations):
+    """As the agent above does it."""
+    return (observations - 0.5) / 0.8
 
 
 def step_by_step(network, observations, ended, state):
@@ -53,9 +59,9 @@ def test_outputs_and_gradients_agree_with_a_computation_step_by_step(agent, prob
     batch = {"observations": observations, "actions": actions, "ended": ended, "first_state": state}
     outputs = agent.evaluate_actions(batch)
     replica = copy.deepcopy(agent).double()
-    logits = step_by_step(replica.actor, observations.double(), ended, state[:2].double())
+    logits = step_by_step(replica.actor, normalized(observations.double()), ended, state[:2].double())
     policy = torch.distributions.Categorical(logits=logits)
-    values = step_by_step(replica.critic, observations.double(), ended, state[2:].double())[..., 0]
+    values = step_by_step(replica.critic, normalized(observations.double()), ended, state[2:].double())[..., 0]
     expected = policy.log_prob(actions), policy.entropy(), values
     for output, x in zip(outputs, expected, strict=True):
         assert output.shape == (T, N)
@@ -84,7 +90,8 @@ def test_actions_follow_the_states_and_are_sampled(agent):
     observations, state, draws = torch.randn(T, N, INPUTS), torch.randn(4, N, 64), 20_000
     with torch.no_grad():
         agent.actor.head.weight.mul_(10)
-        logits = step_by_step(agent.actor, observations, torch.zeros(T, N, dtype=torch.bool), state[:2])
+        ended = torch.zeros(T, N, dtype=torch.bool)
+        logits = step_by_step(agent.actor, normalized(observations), ended, state[:2])
         samples, _ = agent.act(observations[0].repeat(draws, 1), state.repeat(1, draws, 1))
         without_memory, _ = agent.act(observations.flatten(0, 1), agent.initial_state(T * N), greedy=True)
         for t in range(T):
@@ -106,6 +113,7 @@ def test_values_follow_whole_episodes(monkeypatch):
     recorded, compute_gae = [], ppo_lstm.compute_gae
     monkeypatch.setattr(ppo_lstm, "compute_gae", lambda *x: recorded.append(x[1:3]) or compute_gae(*x))
     monkeypatch.setattr(ppo_lstm, "make_seed", lambda *parts: 0)  # the environments are called 0 to 3
+    monkeypatch.setattr(ppo_lstm.RunningStatistics, "update", lambda self, x: None)  # nor does the normalization change
     agent = ppo_lstm.load_agent(train(ppo_lstm, **NUMBERED, learning_rate=1e-30))  # the weights stay as they are
     expected = np.zeros((2, 64, 4))
     for n in range(4):
@@ -120,6 +128,23 @@ def test_values_follow_whole_episodes(monkeypatch):
     actual = [np.concatenate(x) for x in zip(*recorded, strict=True)]
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
     assert expected.std() > 0.01
+
+
+@pytest.mark.quick
+def test_observations_are_normalized_by_those_of_the_earlier_iterations(monkeypatch):
+    """A rollout enters the statistics after learning; a checkpoint holds them."""
+    recorded, update = [], ppo_lstm.RunningStatistics.update
+    monkeypatch.setattr(
+        ppo_lstm.RunningStatistics, "update", lambda self, x: recorded.append(x.clone()) or update(self, x)
+    )
+    run = train(ppo_lstm, **NUMBERED)
+    statistics = ppo_lstm.load_agent(run).observation_statistics
+    data = torch.cat(recorded).double()
+    assert data.shape == (256, 3)
+    torch.testing.assert_close(statistics.mean.double(), data.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        statistics.std.double(), data.std(0, correction=0).clamp(min=1e-12), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.quick

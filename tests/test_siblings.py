@@ -89,6 +89,12 @@ def test_the_loss_and_the_saving_are_the_same_in_all_scripts(script):
     assert {name for name in same if ours[name] == theirs[name]} == same
 
 
+def test_the_scripts_that_normalize_observations_do_it_alike():
+    ours, theirs = definitions(source("ppo_continuous_action")), definitions(source("ppo_lstm"))
+    same = {"RunningStatistics", "RunningStatistics.__init__", "RunningStatistics.update", "Agent.normalize"}
+    assert {name for name in same if ours[name] == theirs[name]} == same
+
+
 def test_what_the_script_for_simulators_shares_is_the_same_to_the_letter():
     """It has sections and flags in the same order, and functions of its own for all that is a tensor on the device."""
     ours, theirs = definitions(source("ppo")), definitions(source("ppo_vector"))
@@ -118,7 +124,7 @@ def test_sections_and_shared_flags_are_in_the_same_order(script, other):
     ("script", "other", "most"),
     [
         ("ppo_continuous_action", "ppo", 160),
-        ("ppo_lstm", "ppo", 190),
+        ("ppo_lstm", "ppo", 215),
         ("ppo_atari", "ppo", 500),
         ("ppo_atari_multigpu", "ppo_atari", 90),
     ],
