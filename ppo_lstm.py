@@ -81,9 +81,9 @@ class Args:
 
     # PPO; the defaults are those that do best in CartPole and LunarLander without velocities
 
-    total_timesteps: int = 500_000  # steps over all environments, rounded up to whole iterations
+    total_timesteps: int = 200_000  # steps over all environments, rounded up to whole iterations
     num_envs: int = 16  # environments stepped together; more make a batch larger and more varied
-    num_steps: int = 128  # steps of each environment per iteration; more see later rewards
+    num_steps: int = 256  # steps of each environment per iteration; more see later rewards
     learning_rate: float = 1e-3  # of Adam; larger learns faster, and less stably
     anneal_lr: bool = True  # reduce the learning rate linearly to zero over the run
     gamma: float = 0.99  # discount factor; closer to 1 looks further ahead
