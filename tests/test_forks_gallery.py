@@ -26,7 +26,7 @@ import ppo_vector
 TEXT = (ROOT / "docs" / "forks.md").read_text()
 PARTS = re.split(r"^## \d+\. (.*)\n", TEXT, flags=re.MULTILINE)
 SECTIONS = dict(zip(PARTS[1::2], PARTS[2::2], strict=True))
-SHORT = ["--total-timesteps", "1", "--num-envs", "2", "--num-steps", "32", "--num-minibatches", "4"]
+SHORT = ["--total-timesteps", "1", "--num-envs", "2", "--num-steps", "32", "--num-minibatches", "2"]
 
 
 def blocks(title: str, language: str) -> list[str]:
@@ -245,3 +245,21 @@ def test_images():
     torch.testing.assert_close(agent.value(x), agent.evaluate_actions(batch)[2])
     with pytest.raises(module.UsageError):
         module.make_envs(module.Args(), 1)
+
+
+def test_memory_and_continuous_actions():
+    """Log-probabilities and entropies are those of a normal distribution; actions are in the environment's range."""
+    module = fork("Continuous actions with memory")
+    envs = module.make_envs(module.Args(env_id="Pendulum-v1", observe=(0, 1)), 4)
+    agent, x = module.Agent(envs), torch.randn(8, 4, 2)
+    batch = {"observations": x, "ended": torch.zeros(8, 4, dtype=torch.bool), "first_state": agent.initial_state(4)}
+    state, means = agent.initial_state(4), []
+    for t in range(8):
+        action, state = agent.act(x[t], state, greedy=True)
+        means.append(action)
+    policy = Normal(torch.stack(means), 0.5)
+    batch["actions"] = policy.sample()
+    logprobs, entropies, _ = agent.evaluate_actions(batch)
+    torch.testing.assert_close(logprobs, policy.log_prob(batch["actions"]).sum(-1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(entropies, policy.entropy().sum(-1))
+    assert envs.action_space.contains(module.from_units(envs.single_action_space, 3 * batch["actions"][0].numpy()))
