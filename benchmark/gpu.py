@@ -10,15 +10,16 @@ torch.cuda.set_sync_debug_mode() reports in one iteration; it does not know the 
 Requirements: pip install -r requirements.txt, with a torch for the GPU
 """
 
-import json
+import contextlib
 import math
-import os
+import multiprocessing
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ import tyro
 from gymnasium.spaces import Box, Discrete
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path += [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 
 class CartPoles:
@@ -75,7 +76,6 @@ class Options:
     num_steps: int = 32  # steps of each copy per iteration
     iterations: int = 40  # of each training
     modes: tuple[str, ...] = ("simulator", "eager", "compile")  # what to measure
-    worker: str | None = None  # used internally
 
 
 def simulate(options: Options) -> dict:
@@ -132,31 +132,23 @@ def train(options: Options, compiled: bool) -> dict:
     return result
 
 
+def work(options: Options, mode: str) -> str:
+    """Measure in an empty folder. Returns a line."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        result = simulate(options) if mode == "simulator" else train(options, compiled=mode == "compile")
+    return f"{mode}: {', '.join(f'{name} {value:,.1f}' for name, value in result.items())}"
+
+
 def main():
+    """The command line."""
     options = tyro.cli(Options, description=__doc__)
-    if options.worker:
-        work = simulate(options) if options.worker == "simulator" else train(options, options.worker == "compile")
-        print(json.dumps(work))
-        return
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if options.device != 'cpu' else 'cpu'}")
-    with tempfile.TemporaryDirectory() as folder:
-        for mode in options.modes:
-            command = [sys.executable, __file__, "--worker", mode, "--device", options.device]
-            command += ["--num-envs", options.num_envs, "--num-steps", options.num_steps]
-            command += ["--iterations", options.iterations]
-            path = os.pathsep.join([str(ROOT), str(ROOT / "benchmark"), os.environ.get("PYTHONPATH", "")])
-            done = subprocess.run(
-                [str(part) for part in command],
-                cwd=folder,
-                env=os.environ | {"PYTHONPATH": path},
-                capture_output=True,
-                text=True,
-            )
-            if done.returncode:
-                print(f"{mode}: failed\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
-                continue
-            result = json.loads(done.stdout.splitlines()[-1])
-            print(f"{mode}:", ", ".join(f"{name} {value:,.1f}" for name, value in result.items()), flush=True)
+    for mode in options.modes:  # each in a process of its own
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            try:
+                print(pool.submit(work, options, mode).result(), flush=True)
+            except Exception:
+                print(f"{mode}: failed\n{traceback.format_exc()[-6000:]}", flush=True)
 
 
 if __name__ == "__main__":

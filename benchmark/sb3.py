@@ -1,35 +1,29 @@
-"""Stable-Baselines3 as a training script that learning.py can run: same flags, folders and tags as ppo.py.
+"""Stable-Baselines3 as a training script: hyperparameters, flags, folders and tags of a script of this repository.
 
+    python benchmark/sb3.py --hyperparameters ppo --env-id CartPole-v1 --seed 2   # those of ppo.py
     python benchmark/learning.py --script benchmark/sb3.py --env-ids CartPole-v1 --name sb3 -- --hyperparameters zoo
+
+What is not given has the same value by default: networks, Adam's epsilon, normalized advantages. The recurrent networks
+of sb3-contrib lack the layer before the LSTM. `zoo` is RL-Zoo's choice for CartPole, with a clip range that decays.
 
 Requirements: pip install -r requirements.txt -r benchmark/requirements.txt
 """
 
+import importlib
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import tyro
-from sb3_contrib import RecurrentPPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.env_util import make_atari_env, make_vec_env
+from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 from torch.utils.tensorboard import SummaryWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import ppo
-import ppo_lstm
-
-
-@dataclass
-class Args:
-    env_id: str = "CartPole-v1"  # Gymnasium id of the environment
-    seed: int = 1  # seed of all random numbers
-    total_timesteps: int = 500_000  # steps to train for, over all environments
-    hyperparameters: Literal["ppo", "ppo_lstm", "zoo"] = "ppo"  # those of this script, or of RL-Zoo for CartPole
+ZOO = "--num-envs 8 --num-steps 32 --num-minibatches 1 --update-epochs 20 --gamma 0.98 --gae-lambda 0.8"
 
 
 class Log(BaseCallback):
@@ -54,38 +48,48 @@ class Log(BaseCallback):
         self.episodes, self.time = [], time.monotonic()
 
 
-def hyperparameters(name: str) -> tuple[int, dict]:
-    """Return the number of environments and the arguments of the model."""
-    if name == "zoo":  # hyperparams/ppo.yml of RL-Zoo
-        options = {"n_steps": 32, "batch_size": 256, "n_epochs": 20, "gamma": 0.98, "gae_lambda": 0.8}
-        decay = {"learning_rate": lambda remaining: 0.001 * remaining, "clip_range": lambda remaining: 0.2 * remaining}
-        return 8, {"policy": "MlpPolicy", **options, **decay}
-    args = (ppo if name == "ppo" else ppo_lstm).Args()
-    options = {name: getattr(args, name) for name in ("gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm")}
-    if name == "ppo_lstm":  # the networks lack the layer before the LSTM
-        options["policy_kwargs"] = {"lstm_hidden_size": 64, "net_arch": []}
-    return args.num_envs, {
-        "policy": "MlpPolicy" if name == "ppo" else "MlpLstmPolicy",
-        "learning_rate": lambda remaining: args.learning_rate * remaining,
-        "n_steps": args.num_steps,
-        "batch_size": args.num_envs * args.num_steps // args.num_minibatches,
-        "n_epochs": args.update_epochs,
-        "clip_range": args.clip_coef,
-        "clip_range_vf": args.clip_coef if args.clip_vloss else None,
-        **options,
-    }
-
-
 def main() -> None:
     """The command line."""
-    args = tyro.cli(Args, description=__doc__)
-    torch.set_num_threads(1)  # as the scripts, and the fastest
-    num_envs, options = hyperparameters(args.hyperparameters)
-    envs = make_vec_env(args.env_id, num_envs, seed=args.seed)
-    name = f"{args.env_id.replace('/', '-')}__sb3_{args.hyperparameters}__{args.seed}__{int(time.time())}"
-    with SummaryWriter(Path("runs", name)) as writer:
-        model_class = RecurrentPPO if args.hyperparameters == "ppo_lstm" else PPO
-        model = model_class(env=envs, seed=args.seed, device="cpu", **options)
+    flags = sys.argv[1:]
+    at = flags.index("--hyperparameters")
+    name, flags = flags[at + 1], flags[:at] + flags[at + 2 :]
+    script = importlib.import_module("ppo" if name == "zoo" else name)
+    args = tyro.cli(script.Args, args=(ZOO.split() if name == "zoo" else []) + flags)
+    torch.set_num_threads(torch.get_num_threads() if name == "ppo_atari" else 1)  # as the scripts, and the fastest
+
+    model_class, policy, options = PPO, "MlpPolicy", {}
+    if name == "ppo_lstm":
+        from sb3_contrib import RecurrentPPO as model_class
+
+        policy, options = "MlpLstmPolicy", {"policy_kwargs": {"lstm_hidden_size": 64, "net_arch": []}}
+    if name == "ppo_atari":  # the script has imported ale_py, which registers the games
+        game = args.env_id.removeprefix("ALE/").partition("-")[0]
+        policy = "CnnPolicy"
+        envs = VecFrameStack(make_atari_env(f"{game}NoFrameskip-v4", args.num_envs, seed=args.seed), 4)
+    else:
+        envs = make_vec_env(args.env_id, args.num_envs, seed=args.seed)
+    if name == "ppo_continuous_action":
+        envs = VecNormalize(envs, gamma=args.gamma)
+    run = f"{args.env_id.replace('/', '-')}__sb3_{name}__{args.seed}__{int(time.time())}"
+    with SummaryWriter(Path("runs", run)) as writer:
+        model = model_class(
+            policy,
+            envs,
+            learning_rate=lambda remaining: args.learning_rate * remaining,
+            n_steps=args.num_steps,
+            batch_size=args.num_envs * args.num_steps // args.num_minibatches,
+            n_epochs=args.update_epochs,
+            gamma=args.gamma,
+            gae_lambda=args.gae_lambda,
+            clip_range=(lambda remaining: args.clip_coef * remaining) if name == "zoo" else args.clip_coef,
+            clip_range_vf=args.clip_coef if args.clip_vloss else None,
+            ent_coef=args.ent_coef,
+            vf_coef=args.vf_coef,
+            max_grad_norm=args.max_grad_norm,
+            seed=args.seed,
+            device="cpu",
+            **options,
+        )
         model.learn(args.total_timesteps, callback=Log(writer))
 
 
