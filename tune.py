@@ -30,15 +30,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import optuna
-import sqlalchemy
 import tyro
-from matplotlib import pyplot
-from optuna.storages import RetryHeartbeatStaleTrialCallback
-from optuna.trial import FrozenTrial, TrialState
-from optuna.visualization import matplotlib as pictures
-from scipy.stats import permutation_test
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+try:
+    import optuna
+    import sqlalchemy
+    from matplotlib import pyplot
+    from optuna.storages import RetryHeartbeatStaleTrialCallback
+    from optuna.trial import FrozenTrial, TrialState
+    from optuna.visualization import matplotlib as pictures
+    from scipy.stats import permutation_test
+except ModuleNotFoundError as error:
+    print(f"tune.py: error: {error}; see requirements-tune.txt", file=sys.stderr)
+    sys.exit(2)
 
 # What is tuned without --space: those of these flags that the script has. The syntax is that of --space.
 SPACE = """
@@ -78,8 +83,8 @@ class Args:
     n_jobs: int = 1  # number of trials run side by side, each on one thread
     space: tuple[str, ...] = ()  # flags to tune, e.g. `gamma clip_coef=float:0.1:0.3 n=int:1:8`; see docs/tune.md
     confirm: int = 5  # number of new seeds to compare the best trial with the defaults on, at least 4; 0 for none
-    study: str | None = None  # name of the study and of its folder in runs/; <script>__<environments> if not given
-    storage: str = "sqlite:///runs/optuna.db"  # URL of the database; workers that share it work on the same study
+    study: str | None = None  # name of the study and of its folder in studies/; <script>__<environments> if not given
+    storage: str = "sqlite:///studies/optuna.db"  # URL of the database; workers that share it work on the same study
     report: str | None = None  # write the report on this study and run nothing
 
     def __post_init__(self) -> None:
@@ -317,10 +322,11 @@ def run_trial(trial: optuna.Trial, args: Args, script: Script, tasks: list[Task]
         trial.set_user_attr("flags", "" if "defaults" in attrs else shlex.join(script.words(params)))
         if "defaults" not in attrs and not (params and script.can_run(params, min(task.steps for task in tasks))):
             raise optuna.TrialPruned
+        print(f"trial {trial.number} begins: {trial.user_attrs['flags'] or 'defaults'}", flush=True)
     scores, returns = [], {task.env_id: [] for task in tasks}
     for seed, task in itertools.product(attrs.get("seeds", args.seeds), tasks):
         words = [*script.command(task)[2:], *shlex.split(trial.user_attrs["flags"]), f"{script.flags['seed']}={seed}"]
-        folder = Path("runs", trial.study.study_name, f"trial-{trial.number}", f"{task.env_id}__seed-{seed}")
+        folder = Path("studies", trial.study.study_name, f"trial-{trial.number}", f"{task.env_id}__seed-{seed}")
         command = [sys.executable, str(script.path.resolve()), *words]
         returns[task.env_id].append(train(trial, command, folder, tasks, scores, errors))
         scores.append(task.score(returns[task.env_id][-1]))
@@ -352,6 +358,7 @@ def search(study: optuna.Study, n_trials: int, args: Args, script: Script, tasks
             if len(finished) >= n_trials:
                 return
             if (missing := n_trials - len(finished) - len(running)) > 0:
+                print(f"study {study.study_name}: {missing} trials, in studies/{study.study_name}", flush=True)
                 study.optimize(lambda trial: run_trial(trial, args, script, tasks, space, errors), missing, **options)
             time.sleep(POLL_SECONDS)  # while other workers finish theirs
         raise errors[0]
@@ -443,7 +450,7 @@ def describe(trial: FrozenTrial) -> str:
 
 def write_report(study: optuna.Study) -> None:
     """Print the report, and write it and Optuna's pictures to the study's folder. Raises UsageError."""
-    made_with, folder = study.user_attrs.get("made_with", {}), Path("runs", study.study_name)
+    made_with, folder = study.user_attrs.get("made_with", {}), Path("studies", study.study_name)
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if "commands" not in made_with or not complete:
         raise UsageError(f"no trial of {study.study_name} is complete, or it is not a study of this tune.py")
@@ -494,7 +501,12 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     try:
-        args = tyro.cli(Args, description=__doc__, args=own)
+        try:
+            args = tyro.cli(Args, description=__doc__, args=own)
+        except SystemExit as stop:
+            if stop.code:
+                print("flags of the script go after --, e.g. `-- --total-timesteps 100000`", file=sys.stderr)
+            raise
         if args.report:
             is_missing = args.storage.startswith("sqlite:///") and not Path(args.storage[10:]).exists()
             if is_missing or args.report not in optuna.get_all_study_names(args.storage):
@@ -503,7 +515,7 @@ def main() -> None:
         else:
             script = Script(args.script, flags)
             tasks, space = read_tasks(args, script), read_space(args.space, script)
-            Path("runs").mkdir(exist_ok=True)
+            Path("studies").mkdir(exist_ok=True)
             study = open_study(args, script, tasks, space)
             search(study, args.n_trials, args, script, tasks, space)
             confirm(args, script, tasks, study)

@@ -70,13 +70,13 @@ def compare(values: dict[str, list[float]]) -> dict[str, str]:
     With two seeds, both values instead of the standard deviation and p.
     """
     if len(values["default"]) < 3:
-        return {name: " and ".join(f"{value:,.1f}" for value in x) for name, x in values.items()}
+        return {name: learning.spread(x) for name, x in values.items()}
     default, names = values["default"], [name for name in values if name != "default"]
     p_values = np.array([ttest_ind(default, values[name], equal_var=False).pvalue for name in names])
     p_values = np.nan_to_num(p_values, nan=1.0)  # NaN: all runs have the same value
     order = np.argsort(p_values)
     p_values[order] = np.maximum.accumulate(p_values[order] * np.arange(len(names), 0, -1)).clip(max=1)
-    cells = {name: f"{np.mean(x):,.1f} ± {np.std(x):,.1f}" for name, x in values.items()}
+    cells = {name: learning.spread(x) for name, x in values.items()}
     for name, p_value in zip(names, p_values, strict=True):
         cells[name] += f" ({np.mean(values[name]) - np.mean(default):+,.1f}, p {p_value:.2g})"
     return cells

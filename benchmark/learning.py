@@ -240,7 +240,8 @@ def draw(path: Path, by_env: dict[str, list[Run]], title: str) -> None:
         for run in runs:
             panel.plot(run.curve_steps, run.curve_returns, color="tab:blue", linewidth=0.6, alpha=0.35)
             curves.append(np.interp(grid, run.curve_steps, run.curve_returns, left=np.nan))
-        mean, std = np.mean(curves, 0), np.std(curves, 0)  # NaN, thus not drawn, until all runs have an episode
+        # NaN, thus not drawn, until all runs have an episode
+        mean, std = np.mean(curves, 0), np.std(curves, 0, ddof=int(len(curves) > 1))
         label = f"mean ± std of {len(runs)} seed{'s' * (len(runs) > 1)}; each seed thin"
         panel.fill_between(grid, mean - std, mean + std, color="tab:blue", alpha=0.2, linewidth=0)
         panel.plot(grid, mean, color="tab:blue", linewidth=2, label=label)
@@ -252,6 +253,13 @@ def draw(path: Path, by_env: dict[str, list[Run]], title: str) -> None:
         panel.grid(alpha=0.3)
         panel.legend(loc="lower right", fontsize="small")
     figure.savefig(path, dpi=110)
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """Return mean and sample standard deviation, or the values if these are at most two."""
+    if len(values) < 3:
+        return " and ".join(f"{value:.{digits}f}" for value in values) or "none"
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def make_table(by_env: dict[str, list[Run]]) -> str:
@@ -266,7 +274,7 @@ def make_table(by_env: dict[str, list[Run]]) -> str:
         steps = sorted(run.steps for run in runs)
         cells = [env_id, " to ".join(f"{x:,}" for x in sorted({steps[0], steps[-1]})), str(len(runs))]
         for values in (lasts, evals):
-            cells += [f"{values.mean():.{digits}f} ± {values.std():.{digits}f}" if len(values) else "none"]
+            cells += [spread(values, digits)]
             cells += [f"{values.min():.{digits}f}" if len(values) else "none"]
         cells.append(f"{np.mean([run.seconds for run in runs]):.0f}")
         references = [
@@ -286,7 +294,9 @@ def write_results(name: str, runs: list[Run], title: str, origins: list[str]) ->
     RESULTS.mkdir(exist_ok=True)
     write_csv(RESULTS / f"{name}.csv", runs)
     draw(RESULTS / f"{name}.png", by_env, title)
-    note = "± is the standard deviation over the seeds; published numbers: see PUBLISHED in benchmark/learning.py."
+    note = (
+        "± is the sample standard deviation over the seeds; published numbers: see PUBLISHED in benchmark/learning.py."
+    )
     report = "\n".join([make_table(by_env), "", note, "", *(f"- {line}" for line in origins)])
     (RESULTS / f"{name}.md").write_text(f"{report}\n")
     print(f"{report}\n\nwritten: {', '.join(f'benchmark/results/{name}.{x}' for x in ('csv', 'png', 'md'))}")

@@ -165,7 +165,7 @@ def test_steps_to_a_mean_of_100_episodes_and_cells():
     assert ablations.steps_to(run, 300) == 50  # never reached: the last step
     values = {"default": [0.0, 1, 2, 3], "a": [0.0, 1, 2, 3], "b": [100.0, 101, 102, 104], "c": [1.0, 1, 2, 2]}
     cells = ablations.compare(values)
-    assert cells["default"] == "1.5 ± 1.1" and cells["a"] == "1.5 ± 1.1 (+0.0, p 1)"
+    assert cells["default"] == "1.5 ± 1.3" and cells["a"] == "1.5 ± 1.3 (+0.0, p 1)"
     p_value = float(cells["b"].rpartition(" p ")[2].rstrip(")"))
     assert p_value == pytest.approx(
         3 * ablations.ttest_ind(values["default"], values["b"], equal_var=False).pvalue, rel=0.05

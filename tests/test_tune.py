@@ -69,7 +69,7 @@ for tenth in range(1, 11):
     time.sleep(args.delay)
 """
 FAST = "tune.HEARTBEAT, tune.POLL_SECONDS, tune.MIN_OTHERS, tune.TERM_SECONDS = 1, 0.05, 99, 0.5"
-URL = "sqlite:///runs/optuna.db"
+URL = "sqlite:///studies/optuna.db"
 PICTURES, PYPLOT = tune.pictures, tune.pyplot
 SKILL = ["--space", "skill=float:0:1"]
 
@@ -101,7 +101,7 @@ def test_a_study_of_ppo_end_to_end(command_line):
     fixed = ["--", "--total-timesteps", 1024, "--eval-episodes", 1]
     code, out, err = command_line(*flags, *fixed, script=tune)
     assert code == 0, err
-    folder = Path("runs", "ppo__CartPole-v1")
+    folder = Path("studies", "ppo__CartPole-v1")
 
     trials = trials_of("ppo__CartPole-v1")
     assert trials[0].user_attrs["flags"] == "" and trials[0].params == {"learning_rate": 1e-3, "ent_coef": 0.0}
@@ -135,7 +135,7 @@ def test_a_trial_ends_although_its_evaluation_never_would(command_line):
     result = command_line(*flags, "--learning-rate", 1e-5, "--update-epochs", 1, "--eval-episodes", 1, script=tune)
     assert result.code == 0, result.err
     assert [trial.state for trial in trials_of("ppo__CliffWalking-v1")] == [TrialState.COMPLETE]
-    (output,) = Path("runs/ppo__CliffWalking-v1/trial-0").glob("*/output.txt")
+    (output,) = Path("studies/ppo__CliffWalking-v1/trial-0").glob("*/output.txt")
     assert "stopped after 20,000 steps" in output.read_text()
 
 
@@ -144,9 +144,9 @@ def test_pictures(command_line, monkeypatch):
     monkeypatch.setattr(tune, "pyplot", PYPLOT)
     flags = toy("--n-trials", 4, *SKILL, "delay=float:0:0.01")
     assert command_line(*flags, script=tune).code == 0
-    report = Path("runs/toy__Toy-v0/report.md").read_text()
+    report = Path("studies/toy__Toy-v0/report.md").read_text()
     for name in ("history", "intermediate", "importances", "slices", "contour"):
-        picture = imread(f"runs/toy__Toy-v0/{name}.png")
+        picture = imread(f"studies/toy__Toy-v0/{name}.png")
         assert min(picture.shape[:2]) > 150 and picture.std() > 0.02, "it shows something"
         assert f"{name}.png" in report
 
@@ -169,7 +169,7 @@ def test_several_environments(command_line):
     assert "| A-v0 | ns/B-v0 |" in result.out, "a column for each"
     lines = [shlex.split(line) for line in result.out.splitlines() if line.startswith("    python ")]
     assert lines[0][3:6] == ["A-v0", "--total-timesteps", "1000"] and lines[1][3:6:2] == ["ns/B-v0", "500"]
-    assert len(list(Path("runs", name).glob("confirm*/*/A-v0__seed-*"))) == 8
+    assert len(list(Path("studies", name).glob("confirm*/*/A-v0__seed-*"))) == 8
     assert command_line(*flags[:-1], "ns/B-v0@500=40:60", script=tune).code == 2, "that makes another study"
 
 
@@ -214,7 +214,7 @@ def test_sizes_that_cannot_run_are_not_run(command_line):
         batch_size, num_minibatches = 2 * trial.params["num_steps"], trial.params["num_minibatches"]
         fits = batch_size % num_minibatches == 0 and batch_size >= 2 * num_minibatches and batch_size <= 250
         assert trial.state == (TrialState.COMPLETE if fits else TrialState.PRUNED)
-        assert Path("runs", "toy__Toy-v0", f"trial-{trial.number}").exists() == fits
+        assert Path("studies", "toy__Toy-v0", f"trial-{trial.number}").exists() == fits
 
 
 VERDICTS = [(0.9, "is significantly better", "0.029"), (0.53, "is not significantly better", "0.057")]
@@ -231,9 +231,9 @@ def test_the_best_is_confirmed_on_new_seeds(command_line, monkeypatch, skill, wo
     result = command_line(*flags, "--confirm", 4, "--n-jobs", 2, script=tune)
     assert result.code == 0, result.err
     assert words in result.out and (f"p = {p_value}." in result.out) == bool(p_value)
-    seeds = {path.name for path in Path("runs", "toy__Toy-v0").glob("confirm*/*/*")}
+    seeds = {path.name for path in Path("studies", "toy__Toy-v0").glob("confirm*/*/*")}
     assert seeds == ({f"Toy-v0__seed-{seed}" for seed in (3, 4, 5, 6)} if p_value else set())
-    assert len(list(Path("runs", "toy__Toy-v0").glob("confirm*/*/*"))) == 2 * len(seeds)
+    assert len(list(Path("studies", "toy__Toy-v0").glob("confirm*/*/*"))) == 2 * len(seeds)
     again = command_line("--report", "toy__Toy-v0", script=tune)
     assert again.code == 0 and result.out.partition("# toy")[2] == again.out.partition("# toy")[2]
     assert command_line(*flags, "--confirm", 4, script=tune).out == again.out, "nothing has run again"
@@ -250,9 +250,9 @@ def test_a_hopeless_trial_is_ended_with_all_its_processes(command_line, monkeypa
     default, *others = trials_of("toy__Toy-v0")
     assert default.state == TrialState.COMPLETE and default.value == 50 + 1.5
     assert [trial.state for trial in others] == [TrialState.PRUNED] * 2
-    for pids in Path("runs", "toy__Toy-v0").rglob("pids"):
+    for pids in Path("studies", "toy__Toy-v0").rglob("pids"):
         assert not any(alive(int(pid)) for pid in pids.read_text().split())
-    assert not list(Path("runs", "toy__Toy-v0").glob("trial-[12]/*seed-2"))
+    assert not list(Path("studies", "toy__Toy-v0").glob("trial-[12]/*seed-2"))
 
 
 def test_a_trial_below_the_median_of_the_others_is_stopped(command_line, monkeypatch):
@@ -309,7 +309,7 @@ def test_ctrl_c_ends_the_runs_and_the_same_line_goes_on(start, command_line):
     flags = toy("--n-trials", 4, *SKILL, "--n-jobs", 2)
     Path("toy.py").write_text(TOY.replace('args.fail == "hang"', "not os.path.exists('../../../../go')"))
     process = start(*flags, script="tune", setup=FAST)
-    wait_until(lambda: len(list(Path("runs").rglob("pids"))) == 2, "two trials run")
+    wait_until(lambda: len(list(Path("studies").rglob("pids"))) == 2, "two trials run")
     pids = descendants(process.pid)
     process.send_signal(signal.SIGINT)
     assert finish(process).code == 130
@@ -328,7 +328,7 @@ def test_ctrl_c_ends_the_runs_and_the_same_line_goes_on(start, command_line):
 def test_trials_of_a_killed_worker_run_again(start, command_line):
     flags = [*toy("--n-trials", 3, *SKILL), "--", "--delay", 0.2]
     process = start(*flags, script="tune", setup=FAST)
-    wait_until(lambda: list(Path("runs").glob("*/trial-1/*/runs/*/events*")), "the second trial runs")
+    wait_until(lambda: list(Path("studies").glob("*/trial-1/*/runs/*/events*")), "the second trial runs")
     process.kill()
     process.wait()
     assert trials_of("toy__Toy-v0", counted=False)[1].state == TrialState.RUNNING
@@ -385,7 +385,7 @@ def test_bad_input_gets_one_line(command_line, flags):
     code, out, err = command_line(*script, *flags, script=tune)
     assert code == 2 and len(err.splitlines()) == 1, err
     assert err.startswith("tune.py: error: ") and "Traceback" not in out + err
-    assert "--report" not in flags or not Path("runs/optuna.db").exists(), "nothing is made by looking"
+    assert "--report" not in flags or not Path("studies/optuna.db").exists(), "nothing is made by looking"
 
 
 # ------------------------------------------------------------------------------------------- the parts
