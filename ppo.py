@@ -76,12 +76,12 @@ class Args:
     total_timesteps: int = 500_000  # steps over all environments, rounded up to whole iterations
     num_envs: int = 8  # environments stepped together; more make a batch larger and more varied
     num_steps: int = 256  # steps of each environment per iteration; more see later rewards
-    learning_rate: float = 1e-3  # of Adam; larger learns faster, and less stably
+    learning_rate: float = 1.5e-3  # of Adam; larger learns faster, and less stably
     anneal_lr: bool = True  # reduce the learning rate linearly to zero over the run
     gamma: float = 0.99  # discount factor; closer to 1 looks further ahead
     gae_lambda: float = 0.98  # lambda of GAE: 0 is one-step TD, 1 Monte Carlo, with more variance
-    num_minibatches: int = 16  # per epoch; more take more, and noisier, gradient steps
-    update_epochs: int = 10  # passes over each batch; more use each sample more often
+    num_minibatches: int = 8  # per epoch; more take more, and noisier, gradient steps
+    update_epochs: int = 6  # passes over each batch; more use each sample more often
     norm_adv: bool = True  # normalize advantages in each minibatch
     clip_coef: float = 0.2  # clip range of the probability ratio; larger allows larger changes
     clip_vloss: bool = False  # clip the change of values in the value loss, by clip_coef
@@ -185,8 +185,10 @@ def mlp(num_inputs, num_outputs, std):
     """A network of two hidden layers. `std` scales the weights of its last layer."""
     return nn.Sequential(
         layer_init(nn.Linear(num_inputs, 64)),
+        nn.LayerNorm(64),
         nn.Tanh(),
         layer_init(nn.Linear(64, 64)),
+        nn.LayerNorm(64),
         nn.Tanh(),
         layer_init(nn.Linear(64, num_outputs), std),
     )
