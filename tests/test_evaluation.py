@@ -17,9 +17,11 @@ import ppo
 def greedy(weights, observation):
     """The most probable action, computed with NumPy from the weights of the actor in a checkpoint."""
     x = observation.astype(np.float32)
-    for layer in (0, 2, 4):
+    for layer in (0, 3, 6):
         x = weights[f"actor.{layer}.weight"].numpy() @ x + weights[f"actor.{layer}.bias"].numpy()
-        x = np.tanh(x) if layer < 4 else x
+        if layer < 6:  # layer normalization and tanh
+            x = (x - x.mean()) / np.sqrt(x.var() + 1e-5)
+            x = np.tanh(weights[f"actor.{layer + 1}.weight"].numpy() * x + weights[f"actor.{layer + 1}.bias"].numpy())
     return int(x.argmax())
 
 

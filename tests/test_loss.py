@@ -97,7 +97,7 @@ class Rewarded(gym.Env):
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.count = 0
-        return np.zeros(2, np.float32), {}
+        return np.full(2, 0.1, np.float32), {}
 
     def step(self, action):
         self.count += 1
@@ -181,7 +181,7 @@ def check_clipping(module):
     for max_grad_norm in (1e-3, 1e3):
         record = train_once(module, max_grad_norm=max_grad_norm, num_minibatches=1)
         ((_, logged),) = curves(record.run)["losses/grad_norm"]
-        assert 1e-2 < logged < 1e2
+        assert 1e-2 < logged < 1e3
         assert record.norms == [pytest.approx(min(max_grad_norm, logged), rel=1e-3)]
 
 
@@ -254,6 +254,9 @@ def weights(agent):
 def independent_outputs(script, agent, batch):
     """Log-probabilities, entropies and values, by torch's distributions and, with memory or pixels, other networks."""
     observations = batch["observations"]
+    if script in ("ppo_lstm", "ppo_continuous_action"):
+        statistics = agent.observation_statistics
+        observations = ((observations - statistics.mean) / statistics.std).clip(-10, 10)
     if script == "ppo_lstm":
         state, ended = batch["first_state"], batch["ended"]
         logits = step_by_step(agent.actor, observations, ended, state[:2])
@@ -261,8 +264,6 @@ def independent_outputs(script, agent, batch):
     elif script == "ppo_atari":
         _, logits, values = nature_cnn(agent, observations.permute(0, 3, 1, 2))
     elif script == "ppo_continuous_action":
-        statistics = agent.observation_statistics
-        observations = ((observations - statistics.mean) / statistics.std).clip(-10, 10)
         components = torch.distributions.Normal(agent.actor(observations), agent.log_std.exp())
         policy = torch.distributions.Independent(components, 1)
         values = agent.critic(observations)[:, 0]
@@ -275,7 +276,7 @@ def independent_outputs(script, agent, batch):
 
 ATARI = {"num_envs": 2, "num_steps": 16, "num_minibatches": 2, "total_timesteps": 64, "bfloat16": False}
 TASKS = {  # the flags for two iterations; some gradients are longer than max_grad_norm, and some ratios are clipped
-    "ppo": {"env_id": "CartPole-v1", "learning_rate": 5e-3, "max_grad_norm": 2.0},
+    "ppo": {"env_id": "CartPole-v1", "learning_rate": 5e-3, "max_grad_norm": 6.0},
     "ppo_continuous_action": {"env_id": "Hopper-v5", "learning_rate": 1e-3, "max_grad_norm": 2.0},
     "ppo_lstm": {"env_id": "CartPole-v1", "learning_rate": 1e-2, "max_grad_norm": 0.05},
     "ppo_atari": {"env_id": "ALE/Breakout-v5", **ATARI, "learning_rate": 3e-3, "max_grad_norm": 1.0},
@@ -370,7 +371,7 @@ def test_compiled_updates_take_the_steps_of_eager_ones():
     for compile in (False, True):
         first = recorded(change=change, compile=compile)
         last = recorded(compile=compile, total_timesteps=512, resume=str(first.run))
-        assert last.learning_rates[::PER_ITERATION] == [pytest.approx([x]) for x in (5e-4, 2.5e-4)]
+        assert last.learning_rates[::PER_ITERATION] == [pytest.approx([x]) for x in (7.5e-4, 3.75e-4)]
         assert load(last.run)["global_step"] == 512
         runs[compile] = [*map(weights, first.agents), *map(weights, last.agents)]
         assert torch.equal(weights(first.agent), weights(last.agents[0]))

@@ -185,7 +185,7 @@ def test_tune_command(clone, command):
     said = run(clone, [sys.executable, *words[1:]])
     assert "The best flags, trial " in said
     study = re.search(r"^# (\S+)$", said, re.MULTILINE)[1]
-    assert (clone / "runs" / study / "report.md").is_file()
+    assert (clone / "studies" / study / "report.md").is_file()
     if (report := f"python tune.py --report {study}") in TUNE:
         assert "The best flags, trial " in run(clone, [sys.executable, *shlex.split(report)[1:]])
 
@@ -213,7 +213,7 @@ def test_benchmark_command(clone, command):
         words = [sys.executable, *shlex.split(ours)[1:], "--seeds", "1", "--", *shlex.split(theirs)]
         words += ["--total-timesteps", "1000", "--eval-episodes", "1"]
     else:
-        words += ["--repeats", "1", "--total-timesteps", "2048" if "ppo_atari" in command else "8192", "--more-envs"]
+        words += ["--repeats", "1", "--total-timesteps", "2048" if "ppo_atari" in command else "8192"]
     run(clone, words)
 
 

@@ -166,7 +166,7 @@ def test_episode_statistics_are_of_whole_episodes():
             expected = np.mean(diary[before : before + int(episodes)], axis=0)
             assert (returns[step], lengths[step]) == pytest.approx(tuple(expected))
             before += int(episodes)
-    assert before > 50
+    assert before > 20
 
 
 def test_explained_variance(monkeypatch):
@@ -224,7 +224,7 @@ def test_speed_checkpoints_and_lines_by_the_clock(seconds, saved, printed, monke
     assert [int(step.replace(",", "")) // 512 for step, _, _ in lines] == printed
     assert {speed for _, speed, _ in lines} == {f"{512 / seconds:,.0f}"}
     returns = [float(line.split()[0]) for line in Path("diary.txt").read_text().splitlines()]
-    assert len(returns) > 200
+    assert len(returns) > 110
     assert lines[-1][2] == f"{np.mean(returns[-100:]):.2f}"
 
 
