@@ -4,6 +4,8 @@
     python benchmark/learning.py --script my_fork.py --name my_fork -- --total-timesteps 100000 --ent-coef 0
     python benchmark/learning.py --name pong --runs runs/ALE-Pong-v5__*  # existing runs, finished or not
 
+The results are beside the runs, in runs/benchmark-<name>/; with --record, they are in benchmark/results/.
+
 Flags after `--` are passed to the script. After an interruption, the same command continues: finished runs are
 kept, runs with a checkpoint are resumed. The script takes --env-id and --seed and logs `charts/SPS` and
 `charts/episodic_return` with TensorBoard under runs/, as the scripts of this repository and those of CleanRL do.
@@ -38,27 +40,28 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark" / "results"
 CURVE_POINTS = 200  # per run, in the CSV and the picture
 
-# Published mean and standard deviation by the environment's name without its version. CleanRL, and openai/baselines
-# (runs of Huang et al., 2022, quoted by CleanRL): training return, 3 seeds. RL-Zoo: evaluation of one agent, standard
-# deviation over its episodes. Tianshou: best evaluation within 1M steps, 10 seeds.
-# Classic control: 500k steps, Atari: 10M, MuJoCo: 1M (v4; RL-Zoo and Tianshou: v3), except where noted.
+# Published mean, standard deviation and number of steps by the environment's name without its version. CleanRL, and
+# openai/baselines (runs of Huang et al., 2022, quoted by CleanRL): training return, 3 seeds. RL-Zoo: evaluation of one
+# agent, standard deviation over its episodes. Tianshou: best evaluation so far, 10 seeds. MuJoCo: version 4, RL-Zoo's
+# and Tianshou's 3; LunarLander: version 2.
+C, B, Z, T = "CleanRL", "openai/baselines", "RL-Zoo evaluated", "Tianshou, best"
 PUBLISHED = {
-    "CartPole": {"CleanRL": (490.0, 6.1), "openai/baselines": (497.5, 4.0), "RL-Zoo evaluated (100k)": (500.0, 0.0)},
-    "Acrobot": {"CleanRL": (-86.4, 1.3), "openai/baselines": (-81.8, 5.6), "RL-Zoo evaluated (1M)": (-73.5, 18.2)},
-    "LunarLander": {"RL-Zoo evaluated (v2, 1M)": (242.1, 31.8)},
-    "FrozenLake": {"optimum, 4x4": (0.74, None)},
-    "Taxi": {"optimum": (7.93, None)},
-    "Breakout": {"CleanRL": (414.7, 28.1), "openai/baselines": (406.6, 31.6), "RL-Zoo evaluated": (398.0, 33.3)},
-    "Pong": {"CleanRL": (20.4, 0.2), "openai/baselines": (20.5, 0.5), "RL-Zoo evaluated": (21.0, 0.1)},
-    "BeamRider": {"CleanRL": (1915.9, 484.6), "openai/baselines": (2643.0, 670.4), "RL-Zoo evaluated": (3397, 1662)},
-    "HalfCheetah": {"CleanRL": (1442.6, 46.0), "RL-Zoo evaluated": (5819.0, 664.0), "Tianshou": (5784.0, 1244.0)},
-    "Walker2d": {"CleanRL": (2288.0, 571.8), "RL-Zoo evaluated": (3479.0, 822.0), "Tianshou": (3589.0, 757.0)},
-    "Hopper": {"CleanRL": (2382.9, 271.7), "RL-Zoo evaluated": (2410.0, 10.0), "Tianshou": (2609.0, 701.0)},
-    "InvertedPendulum": {"CleanRL": (963.1, 22.2)},
-    "Ant": {"RL-Zoo evaluated": (1327.0, 452.0), "Tianshou": (3258.0, 1079.0)},
-    "Humanoid": {"CleanRL": (716.1, 49.1), "Tianshou": (787.0, 194.0)},
-    "Pendulum": {"RL-Zoo evaluated (100k)": (-172.2, 104.2)},
-    "BipedalWalker": {"RL-Zoo evaluated (5M)": (287.9, 2.4)},
+    "CartPole": {C: (490.0, 6.1, 5e5), B: (497.5, 4.0, 5e5), Z: (500.0, 0.0, 1e5)},
+    "Acrobot": {C: (-86.4, 1.3, 5e5), B: (-81.8, 5.6, 5e5), Z: (-73.5, 18.2, 1e6)},
+    "LunarLander": {Z: (242.1, 31.8, 1e6)},
+    "FrozenLake": {"optimum, 4x4": (0.74, None, None)},
+    "Taxi": {"optimum": (7.93, None, None)},
+    "Breakout": {C: (414.7, 28.1, 1e7), B: (406.6, 31.6, 1e7), Z: (398.0, 33.3, 1e7)},
+    "Pong": {C: (20.4, 0.2, 1e7), B: (20.5, 0.5, 1e7), Z: (21.0, 0.1, 1e7)},
+    "BeamRider": {C: (1915.9, 484.6, 1e7), B: (2643.0, 670.4, 1e7), Z: (3397.0, 1662.0, 1e7)},
+    "HalfCheetah": {C: (1442.6, 46.0, 1e6), Z: (5819.0, 664.0, 1e6), T: (5784.0, 1244.0, 1e6)},
+    "Walker2d": {C: (2288.0, 571.8, 1e6), Z: (3479.0, 822.0, 1e6), T: (3589.0, 757.0, 1e6)},
+    "Hopper": {C: (2382.9, 271.7, 1e6), Z: (2410.0, 10.0, 1e6), T: (2609.0, 701.0, 1e6)},
+    "InvertedPendulum": {C: (963.1, 22.2, 1e6)},
+    "Ant": {Z: (1327.0, 452.0, 1e6), T: (3258.0, 1079.0, 1e6)},
+    "Humanoid": {C: (716.1, 49.1, 1e6), T: (787.0, 194.0, 1e6)},
+    "Pendulum": {Z: (-172.2, 104.2, 1e5)},
+    "BipedalWalker": {Z: (287.9, 2.4, 5e6)},
 }
 
 
@@ -68,7 +71,8 @@ class Args:
     env_ids: tuple[str, ...] = ("CartPole-v1",)  # environments to train in
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # seeds to train with, in each environment
     jobs: int = 1  # number of runs at the same time
-    name: str = "learning"  # name of the results, benchmark/results/<name>.*, and of the runs, runs/benchmark-<name>
+    name: str = "learning"  # name of the results, and of the folder of the runs, runs/benchmark-<name>
+    record: bool = False  # write the results to benchmark/results/<name>.* instead of the folder of the runs
     runs: tuple[Path, ...] = ()  # existing run folders, <env_id>__<exp_name>__<seed>__<unix time>, instead of training
 
 
@@ -209,10 +213,11 @@ def read_run(env_id: str, seed: int, folder: Path) -> Run:
     )
 
 
-def published(env_id: str) -> dict[str, tuple[float, float | None]]:
-    """Return the published numbers of an environment: ALE/Pong-v5 and PongNoFrameskip-v4 are Pong."""
-    name = env_id.split(":")[-1].split("/")[-1].rpartition("-v")[0]
-    return PUBLISHED.get(name.removesuffix("NoFrameskip"), {})
+def published(env_id: str, steps: int) -> dict[str, tuple[float, float | None]]:
+    """Return the published numbers of an environment at about this number of steps. ALE/Pong-v5 is Pong."""
+    name = env_id.split(":")[-1].split("/")[-1].rpartition("-v")[0].removesuffix("NoFrameskip")
+    numbers = PUBLISHED.get(name, {}).items()
+    return {source: (mean, std) for source, (mean, std, at) in numbers if at is None or abs(steps / at - 1) < 0.05}
 
 
 def write_csv(path: Path, runs: list[Run]) -> None:
@@ -245,8 +250,9 @@ def draw(path: Path, by_env: dict[str, list[Run]], title: str) -> None:
         label = f"mean ± std of {len(runs)} seed{'s' * (len(runs) > 1)}; each seed thin"
         panel.fill_between(grid, mean - std, mean + std, color="tab:blue", alpha=0.2, linewidth=0)
         panel.plot(grid, mean, color="tab:blue", linewidth=2, label=label)
+        references = published(env_id, max(run.steps for run in runs))
         styles = (("tab:orange", "--"), ("tab:green", "-."), ("tab:red", ":"))
-        for (source, (value, _)), (color, style) in zip(published(env_id).items(), styles, strict=False):
+        for (source, (value, _)), (color, style) in zip(references.items(), styles, strict=False):
             panel.axhline(value, color=color, linestyle=style, linewidth=1.5, label=f"{source}: {value:g}")
         panel.set(title=env_id, xlabel="environment steps", ylabel="return of training episodes")
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -279,7 +285,7 @@ def make_table(by_env: dict[str, list[Run]]) -> str:
         cells.append(f"{np.mean([run.seconds for run in runs]):.0f}")
         references = [
             f"{source} {mean:g}" + ("" if std is None else f" ± {std:g}")
-            for source, (mean, std) in published(env_id).items()
+            for source, (mean, std) in published(env_id, steps[-1]).items()
         ]
         cells.append("; ".join(references) or "none")
         lines.append(f"| {' | '.join(cells)} |")
@@ -288,18 +294,19 @@ def make_table(by_env: dict[str, list[Run]]) -> str:
     return "\n".join([*lines, "", *seed_lines])
 
 
-def write_results(name: str, runs: list[Run], title: str, origins: list[str]) -> None:
+def write_results(args: Args, runs: list[Run], title: str, origins: list[str]) -> None:
     """Write the CSV, the picture and the table of these runs. `origins` is listed below the table."""
+    path = RESULTS / args.name if args.record else ROOT / "runs" / f"benchmark-{args.name}" / "results"
+    path.parent.mkdir(parents=True, exist_ok=True)
     by_env = {env_id: [run for run in runs if run.env_id == env_id] for env_id in dict.fromkeys(r.env_id for r in runs)}
-    RESULTS.mkdir(exist_ok=True)
-    write_csv(RESULTS / f"{name}.csv", runs)
-    draw(RESULTS / f"{name}.png", by_env, title)
+    write_csv(Path(f"{path}.csv"), runs)
+    draw(Path(f"{path}.png"), by_env, title)
     note = (
         "± is the sample standard deviation over the seeds; published numbers: see PUBLISHED in benchmark/learning.py."
     )
     report = "\n".join([make_table(by_env), "", note, "", *(f"- {line}" for line in origins)])
-    (RESULTS / f"{name}.md").write_text(f"{report}\n")
-    print(f"{report}\n\nwritten: {', '.join(f'benchmark/results/{name}.{x}' for x in ('csv', 'png', 'md'))}")
+    Path(f"{path}.md").write_text(f"{report}\n")
+    print(f"{report}\n\nwritten: {path}.csv, .png, .md")
 
 
 def main() -> None:
@@ -314,7 +321,7 @@ def main() -> None:
         for folder in args.runs:
             env_id, exp_name, seed, _ = folder.name.split("__")
             runs.append(read_run(env_id.replace("ALE-", "ALE/"), int(seed), folder))
-        write_results(args.name, runs, f"{exp_name}.py", [command])
+        write_results(args, runs, f"{exp_name}.py", [command])
         return
 
     jobs = make_jobs(args, flags)
@@ -330,7 +337,7 @@ def main() -> None:
         if len(done) < len(jobs):
             origins.append(f"{len(jobs) - len(done)} of {len(jobs)} runs are missing")
         runs = [read_run(job.env_id, job.seed, job.folder) for job in done]
-        write_results(args.name, runs, shlex.join([args.script.name, *flags]), origins)
+        write_results(args, runs, shlex.join([args.script.name, *flags]), origins)
     sys.exit(len(done) < len(jobs))
 
 

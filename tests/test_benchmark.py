@@ -135,7 +135,7 @@ def test_learning_continues_after_an_interruption(monkeypatch):
     """The interrupted run is resumed, its curve has no gap and no step twice."""
     monkeypatch.setattr(learning, "ROOT", Path.cwd())
     monkeypatch.setattr(learning, "RESULTS", Path("results").absolute())
-    own = ["--script", str(ROOT / "ppo.py"), "--seeds", "3"]
+    own = ["--script", str(ROOT / "ppo.py"), "--seeds", "3", "--record"]
     flags = ["--num-envs", "4", "--num-steps", "128", "--num-minibatches", "4", "--update-epochs", "1"]
     flags += ["--total-timesteps", "40960", "--eval-episodes", "1"]
     (job,) = learning.make_jobs(learning.Args(ROOT / "ppo.py", seeds=(3,)), flags)
@@ -154,6 +154,15 @@ def test_learning_continues_after_an_interruption(monkeypatch):
     steps = [step for step, _ in curves(checkpoint.parent)["losses/entropy"]]
     assert steps == list(range(512, 40961, 512)) and run.steps == 40960 and run.eval_return > 0
     assert "CartPole-v1,3,40960," in Path("results/learning.csv").read_text()
+
+
+def test_published_numbers_are_those_at_the_same_number_of_steps():
+    assert list(learning.published("CartPole-v1", 501_760)) == ["CleanRL", "openai/baselines"]
+    assert list(learning.published("ALE/Pong-v5", 10_000_000)) == list(
+        learning.published("PongNoFrameskip-v4", 9_999_360)
+    )
+    assert learning.published("LunarLander-v3", 2_000_000) == learning.published("mine:Own-v0", 100) == {}
+    assert learning.published("Taxi-v4", 100) == {"optimum": (7.93, None)}
 
 
 def test_steps_to_a_mean_of_100_episodes_and_cells():
