@@ -6,7 +6,7 @@
     python benchmark/ablations.py proposals --jobs 2  # the chosen ones with five others
 
 A variant is a file in benchmark/ablations/{details,proposals}/<script>: flags or a diff of the script. The same command
-continues after an interruption. Results: benchmark/results/<question>.{csv,md,png}.
+continues after an interruption. Results: benchmark/results/details/<question>.{csv,md,png}.
 
 Requirements: pip install -r requirements.txt -r benchmark/requirements.txt
 """
@@ -89,8 +89,8 @@ def write_results(question: str, values: dict[str, dict[str, list[float]]], mach
     for name in dict.fromkeys(name for x in values.values() for name in x):
         lines.append(f"| {name} | {' | '.join(cells.get(name, '') for cells in columns.values())} |")
     lines += ["", "In brackets: difference to default; p of Welch's test with Holm's correction.", "", *machines, ""]
-    (learning.RESULTS / f"{question}.md").write_text("\n".join(lines))
-    with open(learning.RESULTS / f"{question}.csv", "w", newline="") as file:
+    (learning.RESULTS / "details" / f"{question}.md").write_text("\n".join(lines))
+    with open(learning.RESULTS / "details" / f"{question}.csv", "w", newline="") as file:
         rows = [[result, name, *x] for result, variants in values.items() for name, x in variants.items()]
         seeds = QUESTIONS[question][2]
         csv.writer(file, lineterminator="\n").writerows([["result", "variant", *seeds], *rows])
@@ -103,7 +103,7 @@ def write_results(question: str, values: dict[str, dict[str, list[float]]], mach
         panel.set_yticks(range(len(x)), [name.replace("_", " ") for name in x])
         panel.invert_yaxis()
         panel.set_title(result)
-    figure.savefig(learning.RESULTS / f"{question}.png", dpi=110)
+    figure.savefig(learning.RESULTS / "details" / f"{question}.png", dpi=110)
 
 
 def main(question: tyro.conf.Positional[str], env_ids: tuple[str, ...] = (), jobs: int = 1) -> None:

@@ -1,6 +1,6 @@
 """Check that results still hold: does each script compute the same bits as at the commit of its result?
 
-    python benchmark/same_bits.py cartpole lunarlander
+    python benchmark/same_bits.py returns/ppo_cartpole returns/ppo_lunarlander
     PYTHONPATH=benchmark:tests python benchmark/same_bits.py  # all results; needs tests/requirements-forks.txt
 
 Both versions train for three iterations with the flags and the first seed of the result, in each of its environments.
@@ -41,7 +41,7 @@ def train(script: Path, flags: list[str]) -> dict[str, bytes]:
 def main(names: tyro.conf.Positional[tuple[str, ...]] = ()) -> None:
     """Compare the scripts of these results, or of all."""
     different = 0
-    for path in [learning.RESULTS / f"{name}.md" for name in names] or sorted(learning.RESULTS.glob("*.md")):
+    for path in [learning.RESULTS / f"{name}.md" for name in names] or sorted(learning.RESULTS.rglob("*.md")):
         commit = re.search(r"(\w+\.py) of commit (\w+)", path.read_text())
         command = re.search(r"`python benchmark/learning.py (.*--seeds.*)`", path.read_text())
         if not (commit and command and Path(learning.ROOT, commit[1]).is_file()):  # such as sb3.py, a peer

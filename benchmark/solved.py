@@ -6,7 +6,7 @@
 Solved means a mean return of 475 over 100 episodes. The commands run alternately, one at a time, on an
 otherwise idle machine. Imports count, and the cache of torch.compile is warm. PureJaxRL's compilation counts;
 "without compiling" is the same runs less the seconds that it took.
-Results: benchmark/results/solved.{md,png}.
+Results: benchmark/results/speed/solved.{md,png}.
 
 Requirements: pip install -r requirements.txt -r benchmark/requirements.txt
 """
@@ -107,7 +107,7 @@ def main(
         row = f"| {label} | {len(x)} | {np.median(x):.1f} s | {x.min():.1f} s | {x.max():.1f} s | {ratio:.2f} |"
         lines.append(row.replace("inf s", "not solved"))
     lines += ["", f"- {learning.describe_machine(learning.ROOT / 'ppo.py', 1)}", ""]
-    (learning.RESULTS / "solved.md").write_text("\n".join(lines))
+    (learning.RESULTS / "speed" / "solved.md").write_text("\n".join(lines))
     print("\n".join(lines))
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -121,7 +121,7 @@ def main(
     panel.set(title="CartPole-v1", xlabel="seconds since the start of the command", ylabel="mean of 100 episodes")
     panel.grid(alpha=0.3)
     panel.legend(loc="lower right", fontsize="small")
-    figure.savefig(learning.RESULTS / "solved.png", dpi=110)
+    figure.savefig(learning.RESULTS / "speed" / "solved.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Training speed of a script against Stable-Baselines3's PPO with the same hyperparameters.
 
     python benchmark/throughput.py                  # takes about ten minutes on an otherwise idle machine
-    python benchmark/throughput.py --scenario ppo_atari --repeats 3 --total-timesteps 10240 --name throughput_atari
-    python benchmark/throughput.py --scenario ppo_continuous_action --name throughput_continuous_action
-    python benchmark/throughput.py --scenario ppo_lstm --name throughput_lstm  # against sb3-contrib's RecurrentPPO
+    python benchmark/throughput.py --scenario ppo_atari --repeats 3 --total-timesteps 10240
+    python benchmark/throughput.py --scenario ppo_continuous_action
+    python benchmark/throughput.py --scenario ppo_lstm  # against sb3-contrib's RecurrentPPO
     python benchmark/throughput.py --cleanrl ../cleanrl  # also CleanRL: a clone with its requirements in .venv
 
 Each measurement runs in its own process. All are taken once in each round, one after the other, and ratios are
@@ -105,7 +105,7 @@ class Args:
     num_envs: int | None = None  # number of environments instead of the scenario's
     total_timesteps: int = 100_000  # steps of each run
     cleanrl: Path | None = None  # clone of CleanRL to measure as well, with its requirements installed in .venv
-    name: str = "throughput"  # name of the result, benchmark/results/<name>.md
+    name: str | None = None  # name of the result, benchmark/results/speed/<name>.md; by default that of the script
 
 
 # ---------------------------------------------------------------- workers, each in its own process
@@ -261,9 +261,10 @@ def main() -> None:
         "limit: the same environments, stepped with random actions."
     )
     origin = f"- {machine}\n- `{shlex.join(['python', 'benchmark/throughput.py', *sys.argv[1:]])}`"
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{args.name}.md").write_text(f"{report}\n\n{notes}\n\n{origin}\n")
-    print(f"{report}\n\n{notes}\n\n{origin}\n\nwritten: benchmark/results/{args.name}.md")
+    path = RESULTS / "speed" / f"{args.name or args.scenario}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{report}\n\n{notes}\n\n{origin}\n")
+    print(f"{report}\n\n{notes}\n\n{origin}\n\nwritten: {path}")
 
 
 if __name__ == "__main__":
