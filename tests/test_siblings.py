@@ -124,7 +124,7 @@ def test_sections_and_shared_flags_are_in_the_same_order(script, other):
     ("script", "other", "most"),
     [
         ("ppo_continuous_action", "ppo", 160),
-        ("ppo_lstm", "ppo", 210),
+        ("ppo_lstm", "ppo", 215),
         ("ppo_atari", "ppo", 500),
         ("ppo_atari_multigpu", "ppo_atari", 90),
     ],
