@@ -104,7 +104,7 @@ def test_a_study_of_ppo_end_to_end(command_line):
     folder = Path("studies", "ppo__CartPole-v1")
 
     trials = trials_of("ppo__CartPole-v1")
-    assert trials[0].user_attrs["flags"] == "" and trials[0].params == {"learning_rate": 1e-3, "ent_coef": 0.0}
+    assert trials[0].user_attrs["flags"] == "" and trials[0].params == {"learning_rate": 1.5e-3, "ent_coef": 0.0}
     assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 2
     for trial in trials:
         (run,) = (folder / f"trial-{trial.number}" / "CartPole-v1__seed-2" / "runs").iterdir()
