@@ -23,7 +23,7 @@ begins (details 33 and 34). A minibatch holds all steps of some environments in 
 and learning computes the states anew from those at the start of the rollout (detail 36). Where an
 episode is truncated, the value of its last observation is computed in the rollout, with the state
 that the critic has at that time. Rewards are scaled by 1 - gamma, and observations are normalized:
-without their mean and scale, an LSTM learns late that small differences of two matter.
+the small differences between two, which show a velocity, are then learned from sooner.
 
 PPO is what stands from layer_init() to the end of train(). What stands below is not PPO.
 In a notebook or debugger: `from ppo_lstm import Args, train; run = train(Args())`.
