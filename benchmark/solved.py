@@ -1,6 +1,7 @@
-"""Seconds from the start of the command to a solved CartPole, beside Stable-Baselines3: a table and a picture.
+"""Seconds from the start of the command to a solved CartPole, beside its peers: a table and a picture.
 
     python benchmark/solved.py
+    python benchmark/solved.py --cleanrl ../cleanrl  # also CleanRL: a clone with its requirements in .venv
     python benchmark/solved.py --purejaxrl ../purejaxrl --jax-python ../purejaxrl/.venv/bin/python  # also PureJaxRL
 
 Solved means a mean return of 475 over 100 episodes. The commands run alternately, one at a time, on an
@@ -50,13 +51,13 @@ def train_purejaxrl(clone: str, python: str, num_envs: int, seed: int) -> tuple[
     return *last_100(result["events"], start), result["compiling"]
 
 
-def train(command: str, seed: int, limit: float) -> tuple[np.ndarray, np.ndarray]:
+def train(command: str, seed: int, limit: float, python: str = sys.executable) -> tuple[np.ndarray, np.ndarray]:
     """Run a command, at most for `limit` seconds. Returns seconds and the mean return of the last 100 episodes then."""
     script, *flags = shlex.split(command)
     with tempfile.TemporaryDirectory() as folder:
         start = time.time()
         options = {"cwd": folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen([sys.executable, learning.ROOT / script, *flags, "--seed", str(seed)], **options)
+        process = subprocess.Popen([python, learning.ROOT / script, *flags, "--seed", str(seed)], **options)
         try:
             process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -65,13 +66,15 @@ def train(command: str, seed: int, limit: float) -> tuple[np.ndarray, np.ndarray
         events = EventAccumulator(str(next(learning.Path(folder, "runs").iterdir())), size_guidance={"scalars": 0})
         events.Reload()
         returns = events.Scalars("charts/episodic_return")
-        counts = {event.step: int(event.value) for event in events.Scalars("charts/episodes")}
-    return last_100([(event.wall_time, event.value, counts[event.step]) for event in returns], start)
+        logged = events.Scalars("charts/episodes") if "charts/episodes" in events.Tags()["scalars"] else []
+        counts = {event.step: int(event.value) for event in logged}  # CleanRL logs each episode
+    return last_100([(event.wall_time, event.value, counts.get(event.step, 1)) for event in returns], start)
 
 
 def main(
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5),
     limit: float = 90,
+    cleanrl: learning.Path | None = None,
     purejaxrl: str | None = None,
     jax_python: str = sys.executable,
 ) -> None:
@@ -80,14 +83,19 @@ def main(
     Args:
         seeds: Of the runs.
         limit: Seconds for a run.
+        cleanrl: A clone of CleanRL, to run it as well.
         purejaxrl: A clone of PureJaxRL, to run it as well.
         jax_python: The interpreter for it, with the requirements of purejaxrl.py.
     """
     train("ppo.py --compile --total-timesteps 5000", 1, limit)  # fills the cache
-    curves = {label: [] for label in COMMANDS}
+    commands = {label: (command, sys.executable) for label, command in COMMANDS.items()}
+    if cleanrl:
+        folder = cleanrl.resolve()
+        commands["CleanRL"] = (str(folder / "cleanrl" / "ppo.py"), str(folder / ".venv" / "bin" / "python"))
+    curves = {label: [] for label in commands}
     for seed in seeds:
-        for label, command in COMMANDS.items():
-            curves[label].append(train(command, seed, limit))
+        for label, (command, python) in commands.items():
+            curves[label].append(train(command, seed, limit, python))
             print(f"seed {seed}, {label}: {curves[label][-1][1].max():.1f}", flush=True)
         for num_envs in (4, 256) if purejaxrl else ():
             label = f"PureJaxRL, {num_envs} copies"
@@ -113,7 +121,7 @@ def main(
     figure = Figure(figsize=(8, 5), layout="constrained")
     panel = figure.subplots()
     shown = {label: runs for label, runs in curves.items() if "without" not in label}
-    colors = ("tab:blue", "tab:cyan", "tab:green", "tab:orange", "tab:red", "tab:purple", "tab:brown")
+    colors = ("tab:blue", "tab:cyan", "tab:green", "tab:orange", "tab:red", "tab:purple", "tab:brown", "tab:pink")
     for (label, runs), color in zip(shown.items(), colors, strict=False):
         for index, (x, means) in enumerate(runs):
             panel.plot(x, means, color=color, alpha=0.7, label=None if index else label)
