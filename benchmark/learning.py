@@ -45,6 +45,7 @@ CURVE_POINTS = 200  # per run, in the CSV and the picture
 # agent, standard deviation over its episodes. Tianshou: best evaluation so far, 10 seeds. MuJoCo: version 4, RL-Zoo's
 # and Tianshou's 3; LunarLander: version 2.
 C, B, Z, T = "CleanRL", "openai/baselines", "RL-Zoo evaluated", "Tianshou, best"
+STYLES = {C: ("tab:orange", "--"), B: ("tab:purple", "--"), Z: ("tab:green", "-."), T: ("tab:red", ":")}
 PUBLISHED = {
     "CartPole": {C: (490.0, 6.1, 5e5), B: (497.5, 4.0, 5e5), Z: (500.0, 0.0, 1e5)},
     "Acrobot": {C: (-86.4, 1.3, 5e5), B: (-81.8, 5.6, 5e5), Z: (-73.5, 18.2, 1e6)},
@@ -251,13 +252,13 @@ def draw(path: Path, by_env: dict[str, list[Run]], title: str) -> None:
         panel.fill_between(grid, mean - std, mean + std, color="tab:blue", alpha=0.2, linewidth=0)
         panel.plot(grid, mean, color="tab:blue", linewidth=2, label=label)
         references = published(env_id, max(run.steps for run in runs))
-        styles = (("tab:orange", "--"), ("tab:green", "-."), ("tab:red", ":"))
-        for (source, (value, _)), (color, style) in zip(references.items(), styles, strict=False):
+        for source, (value, _) in references.items():
+            color, style = STYLES.get(source, ("black", "--"))
             panel.axhline(value, color=color, linestyle=style, linewidth=1.5, label=f"{source}: {value:g}")
         panel.set(title=env_id, xlabel="environment steps", ylabel="return of training episodes")
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         panel.grid(alpha=0.3)
-        panel.legend(loc="lower right", fontsize="small")
+        panel.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=2, frameon=False, fontsize="small")
     figure.savefig(path, dpi=110)
 
 
