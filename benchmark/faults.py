@@ -1,7 +1,7 @@
 """Environments with one fault each: the measurements of docs/not-learning.md.
 
     PYTHONPATH=benchmark python ppo.py --env-id faults:Scaled-v0 --env-kwargs env_id=CartPole-v1 reward=1e4
-    PYTHONPATH=benchmark python ppo.py --env-id faults:Repeat-v0 --env-kwargs env_id=MountainCar-v0 times=8
+    PYTHONPATH=benchmark python ppo.py --env-id faults:UnitObservations-v0 --env-kwargs env_id=MountainCar-v0
 
 What cures a fault is here as well.
 """
@@ -24,11 +24,6 @@ def unit_observations(env_id: str, **kwargs) -> gym.Env:
     return wrappers.RescaleObservation(gym.make(env_id, **kwargs), -1.0, 1.0)
 
 
-def repeat(env_id: str, times: int, **kwargs) -> gym.Env:
-    """Take each action `times` times."""
-    return wrappers.RepeatAction(gym.make(env_id, **kwargs), times)
-
-
 def stacked(env_id: str, size: int, **kwargs) -> gym.Env:
     """Show the last `size` observations."""
     return wrappers.FrameStackObservation(gym.make(env_id, **kwargs), size)
@@ -39,24 +34,6 @@ def as_number(env_id: str, **kwargs) -> gym.Env:
     env = gym.make(env_id, **kwargs)
     space = Box(0, int(env.observation_space.n) - 1, (1,))
     return wrappers.TransformObservation(env, lambda x: np.array([x], np.float32), space)
-
-
-def wide_actions(env_id: str, width: float, **kwargs) -> gym.Env:
-    """Declare actions in [-width, width] and clip them to the range that has an effect."""
-    env = gym.make(env_id, **kwargs)
-    low, high = env.action_space.low, env.action_space.high
-    return wrappers.TransformAction(env, lambda x: np.clip(x, low, high), Box(-width, width, low.shape))
-
-
-class LimitIsTermination(gym.Wrapper):
-    """Report that time is up as the end of the task: `terminated` instead of `truncated`."""
-
-    def __init__(self, env_id: str, **kwargs):
-        super().__init__(gym.make(env_id, **kwargs))
-
-    def step(self, action):
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        return observation, reward, terminated or truncated, False, info
 
 
 class ShapedMountainCar(gym.Wrapper):
@@ -83,8 +60,10 @@ class ShapedMountainCar(gym.Wrapper):
 
 
 for name, make in {
-    "Scaled": scaled, "UnitObservations": unit_observations, "Repeat": repeat, "Stacked": stacked,
-    "AsNumber": as_number, "WideActions": wide_actions, "LimitIsTermination": LimitIsTermination,
+    "Scaled": scaled,
+    "UnitObservations": unit_observations,
+    "Stacked": stacked,
+    "AsNumber": as_number,
     "ShapedMountainCar": ShapedMountainCar,
-}.items():  # fmt: skip
+}.items():
     gym.register(f"{name}-v0", make)
