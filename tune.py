@@ -487,6 +487,8 @@ def write_report(study: optuna.Study) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, plot in plots.items():
         plot(study)
+        if name == "intermediate" and (legend := pyplot.gca().get_legend()):
+            legend.remove()  # of 30 trials, it is larger than the picture
         pyplot.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
         pyplot.close("all")
         parts.append(f"![{name}]({name}.png)")
