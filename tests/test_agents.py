@@ -15,8 +15,11 @@ ROWS = re.findall(ROW, (ROOT / "agents" / "README.md").read_text(), re.MULTILINE
 EPISODES, RECORDED = 20, 100  # of this evaluation, and of the table's
 
 
-def test_every_agent_has_a_row():
-    assert {row[0] for row in ROWS} == {path.parent.name for path in (ROOT / "agents").glob("*/checkpoint.pt")}
+def test_every_agent_has_a_row_and_every_named_one_exists():
+    agents = {path.parent.name for path in (ROOT / "agents").glob("*/checkpoint.pt")}
+    assert {row[0] for row in ROWS} == agents
+    pages = "".join((ROOT / page).read_text() for page in ("README.md", "agents/README.md"))
+    assert set(re.findall(r"agents/([\w-]+)(?![\w.-])", pages)) <= agents
 
 
 @pytest.mark.parametrize(("name", "script", "flags", "mean", "std"), ROWS, ids=[row[0] for row in ROWS])
