@@ -211,7 +211,7 @@ def test_benchmark_command(clone, command):
     if "learning.py" in command:
         ours, _, theirs = command.partition(" -- ")
         words = [sys.executable, *shlex.split(ours)[1:], "--seeds", "1", "--", *shlex.split(theirs)]
-        words += ["--total-timesteps", "1000", "--eval-episodes", "1"]
+        words += ["--total-timesteps", "6000", "--eval-episodes", "1"]
     else:
         words += ["--repeats", "1", "--total-timesteps", "2048" if "ppo_atari" in command else "8192"]
     run(clone, words)
