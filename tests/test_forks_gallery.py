@@ -52,19 +52,19 @@ def fork(title: str):
     return module
 
 
-@pytest.mark.parametrize("title", SECTIONS)
+def marks(title: str):
+    number = [*SECTIONS].index(title) + 1
+    return pytest.mark.forks if number >= 13 or "requirements-forks.txt" in SECTIONS[title] else ()
+
+
+@pytest.mark.parametrize("title", filter(marks, SECTIONS))
 def test_diffs_apply(title):
-    """Also those of the sections that only `-m forks` runs."""
+    """Of the sections that only `-m forks` runs."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, ".")
     for diff in blocks(title, "diff"):
         done = subprocess.run(["git", "apply", "--verbose", "-"], input=diff, capture_output=True, text=True)
         assert done.returncode == 0 and "offset" not in done.stderr, done.stderr
-
-
-def marks(title: str):
-    number = [*SECTIONS].index(title) + 1
-    return pytest.mark.forks if number >= 13 or "requirements-forks.txt" in SECTIONS[title] else ()
 
 
 @pytest.mark.parametrize("title", [pytest.param(title, marks=marks(title)) for title in SECTIONS])
