@@ -460,7 +460,7 @@ def train(args):
             # An advantage is the difference of return and value.
             unexplained = (batch["advantages"].var() / batch["returns"].var()).item()
             metrics["losses/explained_variance"] = 1 - unexplained
-            metrics["charts/learning_rate"] = fraction * args.learning_rate
+            metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"].item()
             now = time.monotonic()
             metrics["charts/SPS"] = batch_size / (now - iteration_start)
             metrics["charts/episodes"] = len(finished_returns)

@@ -93,6 +93,7 @@ class Args:
     vf_coef: float = 0.5  # coefficient of the value loss
     max_grad_norm: float = 0.5  # a gradient with a larger norm is scaled down to this norm
     target_kl: float | None = None  # end the epochs once the approximate KL divergence is larger
+    max_kl: float = 0.03  # lower the learning rate while the approximate KL divergence is larger
 
     # Evaluation and earlier runs
 
@@ -253,10 +254,9 @@ class Agent(nn.Module):
         # Another network goes here, and an auxiliary head, whose loss is added in ppo_loss().
         self.actor = mlp(num_inputs, num_actions, std=0.01)  # actions begin in the middle
         self.critic = mlp(num_inputs, 1, std=1.0)
-        # The same deviation for all observations (detail 24), at first a quarter of the range, or
-        # less for many joints, whose noise adds up: from 0.5, Ant learns to stand, not to run.
-        initial_std = 0.5 if num_actions <= 6 else 0.15
-        self.log_std = nn.Parameter(torch.full((num_actions,), math.log(initial_std)))
+        # The same deviation for all observations (detail 24), at first a quarter of the range. From
+        # half of it, HalfCheetah reached 1700 instead of 5000 with two seeds of three.
+        self.log_std = nn.Parameter(torch.full((num_actions,), math.log(0.5)))
 
     def normalize(self, observations):
         """Observations of mean 0 and variance 1, clipped to [-10, 10] (details 28 and 29)."""
@@ -387,12 +387,13 @@ def train(args):
         foreach=False,
         capturable=args.compile and device.type == "cuda",  # Adam's step count on the GPU
     )
-    global_step = 0
+    global_step, lr_scale = 0, 1.0
     if args.resume:
         checkpoint = load_checkpoint(run_dir, agent)
         # Adam's moments and step count: learning rate and other options are those of this command.
         state = {"state": checkpoint["optimizer"]["state"]}
         optimizer.load_state_dict(optimizer.state_dict() | state)
+        lr_scale = checkpoint["optimizer"]["param_groups"][0].get("lr_scale", 1.0)
         global_step = checkpoint["global_step"]
 
     # ------------------------------------------------------------------ set-up: the gradient step
@@ -492,7 +493,7 @@ def train(args):
             fraction = 1 - iteration / num_iterations if args.anneal_lr else 1.0
             for group in optimizer.param_groups:
                 # Detail 4. A number instead of a tensor would make --compile compile again.
-                group["lr"] = to_device(fraction * group["initial_lr"])
+                group["lr"] = to_device(fraction * lr_scale * group["initial_lr"])
             updates = []  # the metrics of each update
             for _ in range(args.update_epochs):
                 permutation = torch.randperm(batch_size).to(device)
@@ -503,6 +504,11 @@ def train(args):
                 last_kl = updates[-1]["losses/approx_kl"]
                 if args.target_kl is not None and last_kl > args.target_kl:
                     break
+            # The more joints, the more a step changes the policy. Without this, the divergence is
+            # 0.02 in HalfCheetah and 0.3 in Humanoid, which learns to stand and not to walk.
+            kl = torch.stack([x["losses/approx_kl"] for x in updates]).mean()
+            lr_scale = lr_scale / 1.25 if kl > args.max_kl else min(1.25 * lr_scale, 1.0)
+            optimizer.param_groups[0]["lr_scale"] = lr_scale  # is saved with the optimizer
             global_step += batch_size
 
             # ------------------------------------------------------------------ (d) log and save
@@ -516,7 +522,7 @@ def train(args):
             # An advantage is the difference of return and value.
             unexplained = (batch["advantages"].var() / batch["returns"].var()).item()
             metrics["losses/explained_variance"] = 1 - unexplained
-            metrics["charts/learning_rate"] = fraction * args.learning_rate
+            metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"].item()
             now = time.monotonic()
             metrics["charts/SPS"] = batch_size / (now - iteration_start)
             metrics["charts/episodes"] = len(finished_returns)
