@@ -47,12 +47,6 @@ def normalized(agent, observations):
     return ((observations.double() - mean) / std).clip(-10, 10)
 
 
-@pytest.mark.parametrize(("size", "deviation"), [(1, 0.5), (6, 0.5), (7, 0.15), (17, 0.15)])
-def test_the_initial_deviation_is_half_the_half_range_or_less_for_many_actions(size, deviation):
-    agent = make_agent(Box(-0.4, 0.4, (size,)))
-    torch.testing.assert_close(agent.log_std.exp(), torch.full((size,), deviation), rtol=1e-6, atol=0)
-
-
 def test_the_policy_begins_in_the_middle():
     """In units of the range, so that it is 0 with the same deviation for each component, also of a matrix."""
     space = Box(

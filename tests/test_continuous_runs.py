@@ -179,6 +179,22 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(monkeypatch):
     assert len({value for _, value in curves(whole)["charts/episodic_return"]}) == 4, "noise changes the returns"
 
 
+def test_the_learning_rate_follows_the_kl_divergence():
+    """Lower after an iteration whose mean divergence is above max_kl, higher up to 1 after others, also when resumed."""
+    flags = {"env_id": "probe_envs:Target-v0", **SHORT, "learning_rate": 0.01, "max_kl": 0.02}
+    run = train(ppo, **{**flags, "total_timesteps": 256})
+    train(ppo, **flags, resume=str(run))
+    curve = curves(run)
+    rates, kls = ([value for _, value in curve[name]] for name in ("charts/learning_rate", "losses/approx_kl"))
+    scale, expected = 1.0, []
+    for iteration, kl in enumerate(kls):
+        num_iterations = 2 if iteration < 2 else len(kls)  # the resumed run has more
+        expected.append(0.01 * scale * (1 - iteration / num_iterations))
+        scale = scale / 1.25 if kl > 0.02 else min(1.0, 1.25 * scale)
+    assert rates == pytest.approx(expected, rel=1e-5)
+    assert min(kls) < 0.02 < max(kls) and kls[1] > 0.02, "both happen, and the scale is saved"
+
+
 @pytest.mark.parametrize(
     ("env_id", "num_inputs", "num_actions"),
     [("BipedalWalker-v3", 24, 4), ("LunarLander-v3", 8, 2), ("Ant-v5", 105, 8), ("Humanoid-v5", 348, 17)],
