@@ -27,9 +27,8 @@ def test_agent(name, script, flags, mean, std, command_line):
     """The flags of the checkpoint are those of the command; the return is within three standard errors."""
     shutil.copytree(ROOT / "agents" / name, name)
     script = importlib.import_module(script)
-    saved = load(Path(name))["args"]
-    made_by = tyro.cli(script.Args, args=shlex.split(flags))
-    assert (saved if isinstance(saved, dict) else vars(saved)) == vars(made_by)
+    saved = script.Args(**load(Path(name))["args"])  # a flag that is newer than the checkpoint has its default
+    assert saved == tyro.cli(script.Args, args=shlex.split(flags))
     done = command_line("--evaluate", name, "--eval-episodes", EPISODES, script=script)
     found = float(re.search(r"return (\S+) \+-", done.out)[1])
     error = float(std) * (1 / EPISODES + 1 / RECORDED) ** 0.5

@@ -180,7 +180,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(monkeypatch):
 
 
 def test_the_learning_rate_follows_the_kl_divergence():
-    """Lower after an iteration whose mean divergence is above max_kl, higher up to 1 after others, also when resumed."""
+    """Lower after an iteration whose mean divergence is above max_kl, up to 1 again after others; also when resumed."""
     flags = {"env_id": "probe_envs:Target-v0", **SHORT, "learning_rate": 0.01, "max_kl": 0.02}
     run = train(ppo, **{**flags, "total_timesteps": 256})
     train(ppo, **flags, resume=str(run))

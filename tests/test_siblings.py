@@ -14,7 +14,9 @@ DATA = {"train: set-up: the rollout", "train: (a) roll out", "train: (b) advanta
 LEARNING = {"train: set-up: the gradient step", "train: (c) learn"}
 SET_UP = "train: set-up: device, environments, agent, optimizer"
 DIFFERENT = {
-    ("ppo_continuous_action", "ppo"): NETWORKS | DATA | {"mlp", "make_envs.make_env", "evaluate"}
+    ("ppo_continuous_action", "ppo"): NETWORKS
+    | DATA
+    | {"mlp", "make_envs.make_env", "evaluate"}
     | {SET_UP, "train: (c) learn"},
     ("ppo_lstm", "ppo"): NETWORKS | DATA | LEARNING | {"make_envs.make_env", "train", "evaluate", SET_UP},
     ("ppo_atari", "ppo"): NETWORKS | DATA | LEARNING | {"train: (d) log and save"},
