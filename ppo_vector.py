@@ -620,7 +620,7 @@ def train(args):
             # An advantage is the difference of return and value.
             unexplained = batch["advantages"][samples].var() / batch["returns"][samples].var()
             metrics["losses/explained_variance"] = 1 - unexplained.item()
-            metrics["charts/learning_rate"] = float(optimizer.param_groups[0]["lr"])
+            metrics["charts/learning_rate"] = optimizer.param_groups[0]["lr"].item()
             now = time.monotonic()
             metrics["charts/SPS"] = batch_size / (now - iteration_start)
             ended = terminations | truncations

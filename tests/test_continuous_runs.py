@@ -181,7 +181,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(monkeypatch):
 
 def test_the_learning_rate_follows_the_kl_divergence():
     """Lower after an iteration whose mean divergence is above max_kl, up to 1 again after others; also when resumed."""
-    flags = {"env_id": "probe_envs:Target-v0", **SHORT, "learning_rate": 0.01, "max_kl": 0.02}
+    flags = {"env_id": "probe_envs:Target-v0", **SHORT, "learning_rate": 0.01, "max_kl": 0.03}
     run = train(ppo, **{**flags, "total_timesteps": 256})
     train(ppo, **flags, resume=str(run))
     curve = curves(run)
@@ -190,9 +190,9 @@ def test_the_learning_rate_follows_the_kl_divergence():
     for iteration, kl in enumerate(kls):
         num_iterations = 2 if iteration < 2 else len(kls)  # the resumed run has more
         expected.append(0.01 * scale * (1 - iteration / num_iterations))
-        scale = scale / 1.25 if kl > 0.02 else min(1.0, 1.25 * scale)
+        scale = scale / 1.25 if kl > 0.03 else min(1.0, 1.25 * scale)
     assert rates == pytest.approx(expected, rel=1e-5)
-    assert min(kls) < 0.02 < max(kls) and kls[1] > 0.02, "both happen, and the scale is saved"
+    assert kls[1] > 0.03 > kls[2], "the rate is lowered before the run is resumed, and raised afterwards"
 
 
 @pytest.mark.parametrize(
