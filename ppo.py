@@ -11,17 +11,17 @@
 # ///
 """Proximal Policy Optimization (PPO) for discrete actions, in one file.
 
-    python ppo.py                                      # CartPole-v1: a return of 500 in 100k steps
+    python ppo.py                                      # CartPole-v1: a return of 500, the most
     python ppo.py --env-id Acrobot-v1 --seed 2         # another environment, another seed
     python ppo.py --resume runs/RUN                    # continue a stopped run
     python ppo.py --evaluate runs/RUN --render         # watch greedy episodes in a window
     python ppo.py --evaluate runs/RUN --capture-video  # film greedy episodes
     tensorboard --logdir runs                          # learning curves
 
-PPO is what stands from layer_init() to the end of train(). What stands below is not PPO.
+PPO itself is what stands from layer_init() to the end of train(); the rest supports it.
 In a notebook or debugger: `from ppo import Args, train; run = train(Args(total_timesteps=10_000))`.
 For a loop of one's own: make_envs, Agent, compute_gae, ppo_loss, load_agent, evaluate.
-A minimal version does without --resume, --compile, videos, signals, checks and target_kl.
+To cut it down, begin with --resume, --compile, videos, signals, checks and target_kl.
 
     T, N       num_steps, of each environment in an iteration, and num_envs
     batch      the T * N samples of an iteration, split into num_minibatches in each epoch
@@ -69,7 +69,7 @@ class Args:
     device: str = "cpu"  # `cpu` (faster for networks this small), `cuda`, `cuda:1`, ...
     compile: bool = False  # compile the gradient step with torch.compile; needs a C++ compiler
     async_envs: bool = False  # a process per environment; pays off if a step takes over 0.2 ms
-    capture_video: bool = False  # film 2000 frames from each of the episodes 0, 1, 8, 27, ... on
+    capture_video: bool = False  # film 2000 frames from the start of episode 0, 1, 8, 27, ...
 
     # PPO; the defaults are those that do best in CartPole, Acrobot and LunarLander together
 
@@ -115,7 +115,7 @@ class Args:
 class Environment(gym.Wrapper):
     """An environment as train() needs it: its observations are vectors, float32.
 
-    Leaves out info, and the options of reset(): vector environments merge the infos of all copies,
+    Leaves out the options of reset(), and info: vector environments merge the infos of all copies,
     which fails where these differ in shape or type. A fork that needs an entry returns it here, for
     train() to use.
     """
@@ -184,7 +184,7 @@ def layer_init(layer, std=2**0.5):
 def mlp(num_inputs, num_outputs, std):
     """A network of two hidden layers. `std` scales the weights of its last layer.
 
-    With layer normalization, LunarLander ends at 270 instead of 245, after fewer gradient steps.
+    Layer normalization raised LunarLander from 229 and 258 to 273 and 279 (two seeds).
     """
     return nn.Sequential(
         layer_init(nn.Linear(num_inputs, 64)),
@@ -327,12 +327,11 @@ def train(args):
     agent = Agent(envs).to(device)
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(
-        # A dict for each learning rate: agent.critic's parameters may get one of their own.
+        # A dict for each learning rate: a fork may give agent.critic one of its own.
         [{"params": parameters, "initial_lr": args.learning_rate}],
         lr=to_device(args.learning_rate),
         eps=1e-5,  # Adam's epsilon (detail 3)
         fused=not args.compile,  # one kernel, 0.05 ms instead of 0.2; torch.compile makes its own
-        foreach=False,
         capturable=args.compile and device.type == "cuda",  # Adam's step count on the GPU
     )
     global_step = 0
@@ -397,8 +396,8 @@ def train(args):
                 observations[t] = observation
                 with torch.no_grad():  # (b) computes the log-probabilities
                     actions[t] = agent.act(to_device(observations[t])).cpu().numpy()
-                step = envs.step(actions[t] + action_start)
-                observation, rewards[t], terminations[t], truncations[t], _ = step
+                transition = envs.step(actions[t] + action_start)
+                observation, rewards[t], terminations[t], truncations[t], _ = transition
                 next_observations[t] = observation
                 episode_returns += rewards[t]
                 episode_lengths += 1
@@ -628,7 +627,6 @@ def load_checkpoint(run, agent=None):
     path, maker = Path(run, "checkpoint.pt"), ""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        maker = ", made by an earlier version"  # which did not save its name
         maker = f", made by {checkpoint['script']}"
         checkpoint["args"] = Args(**checkpoint["args"])
         if agent is not None:
@@ -655,7 +653,7 @@ def evaluate(args, run, max_steps=20_000):
     if args.eval_episodes < 1:
         raise UsageError("eval_episodes must be positive")
     step = load_checkpoint(run)["global_step"]
-    videos = f"{run}/videos/eval-at-{step}" if args.capture_video else None
+    videos = f"{run}/videos/eval-at-{step}" if args.capture_video and not args.render else None
     envs = make_envs(args, 1, "human" if args.render else None, videos)
     agent = Agent(envs)
     load_checkpoint(run, agent)
@@ -675,9 +673,9 @@ def evaluate(args, run, max_steps=20_000):
                     break
             else:
                 num_stopped += 1
+    print(f"evaluation at step {step:,}: return {returns.mean():.2f} +- {returns.std():.2f}")
     with SummaryWriter(run) as writer:
         writer.add_scalar("eval/episodic_return", returns.mean(), step)
-    print(f"evaluation at step {step:,}: return {returns.mean():.2f} +- {returns.std():.2f}")
     if num_stopped:
         hint = "--env-kwargs max_episode_steps=1000 sets a time limit"
         print(f"{num_stopped} episodes were stopped after {max_steps:,} steps; {hint}")
@@ -711,6 +709,8 @@ def main():
         run_dir, signum = stopped.args
         print("to resume:", shlex.join(["python", sys.argv[0], "--resume", str(run_dir)]))
         sys.exit(128 + signum)
+    except KeyboardInterrupt:  # in an evaluation, or the second one in training
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@
 Differs from ppo_atari.py in that W processes share the games, learn from minibatches of their own
 and take the mean of their gradients. Process 0 makes the run's folder, logs and saves.
 
-PPO is what stands from layer_init() to the end of train(). What stands below is not PPO.
+PPO itself is what stands from layer_init() to the end of train(); the rest supports it.
 For a loop of one's own: make_envs, Agent, compute_gae, ppo_loss, load_agent, evaluate.
-A minimal version does without --resume, --compile, videos, signals, checks and target_kl.
+To cut it down, begin with --resume, --compile, videos, signals, checks and target_kl.
 
     T, N       num_steps, of each environment in an iteration, and num_envs
     batch      the T * N samples of an iteration, split into num_minibatches in each epoch
@@ -316,12 +316,11 @@ def train(args):
     agent = Agent(envs, bfloat16).to(device)
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(
-        # A dict for each learning rate: agent.critic's parameters may get one of their own.
+        # A dict for each learning rate: a fork may give agent.critic one of its own.
         [{"params": parameters, "initial_lr": args.learning_rate}],
         lr=to_device(args.learning_rate),
         eps=1e-5,  # Adam's epsilon (detail 3)
         fused=not args.compile,  # one kernel; torch.compile makes its own
-        foreach=False,
         capturable=args.compile and device.type == "cuda",  # in a CUDA graph
     )
     global_step = 0
@@ -399,8 +398,8 @@ def train(args):
                 with torch.no_grad():  # (b) computes the log-probabilities
                     features[t], actions[t] = act(observations[t])
                 frame_numbers = infos["episode_frame_number"]
-                step = envs.step(actions[t].cpu().numpy())
-                frames, scores, terminations[t], truncations[t], infos = step
+                transition = envs.step(actions[t].cpu().numpy())
+                frames, scores, terminations[t], truncations[t], infos = transition
                 observations[t + 1] = to_device(frames).permute(0, 2, 3, 1)
                 rewards[t] = np.sign(scores)  # detail 19
                 episode_returns += scores
@@ -604,7 +603,6 @@ def load_checkpoint(run, agent=None):
     path, maker = Path(run, "checkpoint.pt"), ""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        maker = ", made by an earlier version"  # which did not save its name
         maker = f", made by {checkpoint['script']}"
         checkpoint["args"] = Args(**checkpoint["args"])
         if agent is not None:
@@ -651,9 +649,9 @@ def evaluate(args, run):
             if not ended[0]:
                 game.append((actions[0], math.inf if ends[0] else infos["episode_frame_number"][0]))
             ended |= ends
+    print(f"evaluation at step {step:,}: return {returns.mean():.2f} +- {returns.std():.2f}")
     with SummaryWriter(run) as writer:
         writer.add_scalar("eval/episodic_return", returns.mean(), step)
-    print(f"evaluation at step {step:,}: return {returns.mean():.2f} +- {returns.std():.2f}")
     if args.render:
         show(replay(args, seed, game))
     if args.capture_video:
@@ -732,6 +730,8 @@ def main():
         run_dir, signum = stopped.args
         print("to resume:", shlex.join(["python", sys.argv[0], "--resume", str(run_dir)]))
         sys.exit(128 + signum)
+    except KeyboardInterrupt:  # in an evaluation, or the second one in training
+        sys.exit(130)
 
 
 if __name__ == "__main__":

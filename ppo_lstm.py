@@ -25,10 +25,10 @@ episode is truncated, the value of its last observation is computed in the rollo
 that the critic has at that time. Rewards are scaled by 1 - gamma, and observations are normalized:
 the small differences between two, which show a velocity, are then learned from sooner.
 
-PPO is what stands from layer_init() to the end of train(). What stands below is not PPO.
+PPO itself is what stands from layer_init() to the end of train(); the rest supports it.
 In a notebook or debugger: `from ppo_lstm import Args, train; run = train(Args())`.
 For a loop of one's own: make_envs, Agent, compute_gae, ppo_loss, load_agent, evaluate.
-A minimal version does without --resume, --compile, videos, signals, checks and target_kl.
+To cut it down, begin with --resume, --compile, videos, signals, checks and target_kl.
 
     T, N       num_steps, of each environment in an iteration, and num_envs
     batch      the T * N samples of an iteration, split into num_minibatches in each epoch
@@ -77,7 +77,7 @@ class Args:
     seed: int = 1  # of all random numbers; the same on one CPU gives bitwise the same results
     device: str = "cpu"  # `cpu` (faster for networks this small), `cuda`, `cuda:1`, ...
     async_envs: bool = False  # a process per environment; pays off if a step takes over 0.2 ms
-    capture_video: bool = False  # film 2000 frames from each of the episodes 0, 1, 8, 27, ... on
+    capture_video: bool = False  # film 2000 frames from the start of episode 0, 1, 8, 27, ...
 
     # PPO; the defaults are those that do best in CartPole and LunarLander without velocities
 
@@ -123,7 +123,7 @@ class Args:
 class Environment(gym.Wrapper):
     """An environment as train() needs it: its observations are vectors, float32.
 
-    Leaves out info, and the options of reset(): vector environments merge the infos of all copies,
+    Leaves out the options of reset(), and info: vector environments merge the infos of all copies,
     which fails where these differ in shape or type. A fork that needs an entry returns it here, for
     train() to use.
     """
@@ -404,7 +404,7 @@ def train(args):
     agent = Agent(envs).to(device)
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(
-        # A dict for each learning rate: agent.critic's parameters may get one of their own.
+        # A dict for each learning rate: a fork may give agent.critic one of its own.
         [{"params": parameters, "initial_lr": args.learning_rate}],
         lr=to_device(args.learning_rate),
         eps=1e-5,  # Adam's epsilon (detail 3)
@@ -472,8 +472,8 @@ def train(args):
                 with torch.no_grad():  # (b) computes the log-probabilities
                     sampled, state = agent.act(to_device(observations[t]), state)
                     actions[t] = sampled.cpu().numpy()
-                step = envs.step(actions[t] + action_start)
-                observation, rewards[t], terminations[t], truncations[t], _ = step
+                transition = envs.step(actions[t] + action_start)
+                observation, rewards[t], terminations[t], truncations[t], _ = transition
                 next_observations[t] = observation
                 episode_returns += rewards[t]
                 episode_lengths += 1
@@ -712,7 +712,6 @@ def load_checkpoint(run, agent=None):
     path, maker = Path(run, "checkpoint.pt"), ""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        maker = ", made by an earlier version"  # which did not save its name
         maker = f", made by {checkpoint['script']}"
         checkpoint["args"] = Args(**checkpoint["args"])
         if agent is not None:
@@ -739,7 +738,7 @@ def evaluate(args, run, max_steps=20_000):
     if args.eval_episodes < 1:
         raise UsageError("eval_episodes must be positive")
     step = load_checkpoint(run)["global_step"]
-    videos = f"{run}/videos/eval-at-{step}" if args.capture_video else None
+    videos = f"{run}/videos/eval-at-{step}" if args.capture_video and not args.render else None
     envs = make_envs(args, 1, "human" if args.render else None, videos)
     agent = Agent(envs)
     load_checkpoint(run, agent)
@@ -760,9 +759,9 @@ def evaluate(args, run, max_steps=20_000):
                     break
             else:
                 num_stopped += 1
+    print(f"evaluation at step {step:,}: return {returns.mean():.2f} +- {returns.std():.2f}")
     with SummaryWriter(run) as writer:
         writer.add_scalar("eval/episodic_return", returns.mean(), step)
-    print(f"evaluation at step {step:,}: return {returns.mean():.2f} +- {returns.std():.2f}")
     if num_stopped:
         hint = "--env-kwargs max_episode_steps=1000 sets a time limit"
         print(f"{num_stopped} episodes were stopped after {max_steps:,} steps; {hint}")
@@ -796,6 +795,8 @@ def main():
         run_dir, signum = stopped.args
         print("to resume:", shlex.join(["python", sys.argv[0], "--resume", str(run_dir)]))
         sys.exit(128 + signum)
+    except KeyboardInterrupt:  # in an evaluation, or the second one in training
+        sys.exit(130)
 
 
 if __name__ == "__main__":

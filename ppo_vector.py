@@ -24,10 +24,10 @@ discrete or continuous actions, and that all that is learned from are tensors on
 the host reads once in an iteration. Policy and normalization of continuous actions are those of
 ppo_continuous_action.py. How episodes end is the main thing to get right, see Simulator.
 
-PPO is what stands from Agent to the end of train(). What stands below is not PPO.
+PPO itself is what stands from Agent to the end of train(); the rest supports it.
 In a notebook or debugger: `from ppo_vector import Args, train; run = train(Args())`.
 For a loop of one's own: make_envs, Agent, compute_gae, ppo_loss, load_agent, evaluate.
-A minimal version does without --resume, --compile, videos, signals, checks and target_kl.
+To cut it down, begin with --resume, --compile, videos, signals, checks and target_kl.
 
     T, N       num_steps, of each environment in an iteration, and num_envs
     batch      the T * N samples of an iteration, split into num_minibatches in each epoch
@@ -463,12 +463,11 @@ def train(args):
     agent = Agent(args, simulator).to(device)
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(
-        # A dict for each learning rate: agent.critic's parameters may get one of their own.
+        # A dict for each learning rate: a fork may give agent.critic one of its own.
         [{"params": parameters, "initial_lr": args.learning_rate}],
         lr=to_device(args.learning_rate),
         eps=1e-5,  # Adam's epsilon (detail 3)
         fused=not args.compile,  # one kernel; torch.compile makes its own
-        foreach=False,
         capturable=args.compile and device.type == "cuda",  # in a CUDA graph
     )
     if args.resume:
@@ -768,7 +767,6 @@ def load_checkpoint(run, agent=None):
     path, maker = Path(run, "checkpoint.pt"), ""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        maker = ", made by an earlier version"  # which did not save its name
         maker = f", made by {checkpoint['script']}"
         checkpoint["args"] = Args(**checkpoint["args"])
         if agent is not None:
@@ -799,9 +797,9 @@ def evaluate(args, run, max_steps=20_000):
         raise UsageError("eval_episodes must be positive")
     print(f"playing {args.eval_episodes} greedy episodes of {args.env_id}", flush=True)
     returns, num_stopped, step, _ = play(args, run, args.eval_episodes, max_steps)
+    print(f"evaluation at step {step:,}: return {returns.mean():.2f} +- {returns.std():.2f}")
     with SummaryWriter(run) as writer:
         writer.add_scalar("eval/episodic_return", returns.mean(), step)
-    print(f"evaluation at step {step:,}: return {returns.mean():.2f} +- {returns.std():.2f}")
     if num_stopped:
         hint = "--env-kwargs max_episode_steps=1000 sets a time limit"
         print(f"{num_stopped} episodes were stopped after {max_steps:,} steps; {hint}")
@@ -877,6 +875,8 @@ def main():
         run_dir, signum = stopped.args
         print("to resume:", shlex.join(["python", sys.argv[0], "--resume", str(run_dir)]))
         sys.exit(128 + signum)
+    except KeyboardInterrupt:  # in an evaluation, or the second one in training
+        sys.exit(130)
 
 
 if __name__ == "__main__":

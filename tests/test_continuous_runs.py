@@ -183,6 +183,7 @@ def test_the_learning_rate_follows_the_kl_divergence():
     """Lower after an iteration whose mean divergence is above max_kl, up to 1 again after others; also when resumed."""
     flags = {"env_id": "probe_envs:Target-v0", **SHORT, "learning_rate": 0.01, "max_kl": 0.03}
     run = train(ppo, **{**flags, "total_timesteps": 256})
+    train(ppo, **{**flags, "total_timesteps": 256}, resume=str(run))  # only evaluates
     train(ppo, **flags, resume=str(run))
     curve = curves(run)
     rates, kls = ([value for _, value in curve[name]] for name in ("charts/learning_rate", "losses/approx_kl"))

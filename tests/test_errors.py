@@ -149,8 +149,6 @@ def test_damaged_foreign_and_older_checkpoints_are_refused(command_line, finishe
         assert_refused(ppo, command_line(flag, run_dir), f"cannot load {run_dir / 'checkpoint.pt'}")
         assert contents(run_dir) == before
     assert not Path("harmed").exists()
-    torch.save(older, run_dir / "checkpoint.pt")
-    assert_refused(ppo, command_line(flag, run_dir), "made by an earlier version")
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])

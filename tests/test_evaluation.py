@@ -1,7 +1,9 @@
 """Evaluation, load_agent and films, which are decoded."""
 
+import errno
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import gymnasium as gym
 import imageio_ffmpeg
@@ -98,6 +100,19 @@ def test_no_evaluation(command_line):
     run_dir = train(total_timesteps=512, eval_episodes=0)
     assert "eval/episodic_return" not in curves(run_dir)
     assert_refused(ppo, command_line("--evaluate", run_dir, "--eval-episodes", 0), "eval_episodes must be positive")
+
+
+def test_an_evaluation_that_ends_early(command_line, monkeypatch):
+    """Ctrl-C shows no traceback; where nothing can be written, the result is printed."""
+    run_dir = train(total_timesteps=512)
+    with monkeypatch.context() as patch:
+        patch.setattr(gym.vector.SyncVectorEnv, "step", Mock(side_effect=KeyboardInterrupt))
+        result = command_line("--evaluate", run_dir)
+    assert result.code == 130 and result.err == ""
+    monkeypatch.setattr(ppo, "SummaryWriter", Mock(side_effect=OSError(errno.EROFS, "read-only")))
+    result = command_line("--evaluate", run_dir)
+    assert_refused(ppo, result, "read-only")
+    assert "evaluation at step 512: return" in result.out
 
 
 def test_load_agent_starts_no_process(monkeypatch):
@@ -215,8 +230,8 @@ def test_watching_an_evaluation(command_line, monkeypatch):
         flip()
 
     monkeypatch.setattr(pygame.display, "flip", recording_flip)
-    assert command_line("--evaluate", run_dir, "--render", "--eval-episodes", 2).code == 0
+    assert command_line("--evaluate", run_dir, "--render", "--capture-video", "--eval-episodes", 2).code == 0
     ((_, value),) = curves(run_dir)["eval/episodic_return"]
     assert len(shown) == 2 * value + 2
     assert_shows_movement(shown)
-    assert not load(run_dir)["args"]["render"]
+    assert not load(run_dir)["args"]["render"] and not Path(run_dir, "videos").exists()

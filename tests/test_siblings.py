@@ -126,7 +126,7 @@ def test_sections_and_shared_flags_are_in_the_same_order(script, other):
 @pytest.mark.parametrize(
     ("script", "other", "most"),
     [
-        ("ppo_continuous_action", "ppo", 176),
+        ("ppo_continuous_action", "ppo", 178),
         ("ppo_lstm", "ppo", 215),
         ("ppo_atari", "ppo", 500),
         ("ppo_atari_multigpu", "ppo_atari", 90),
