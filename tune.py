@@ -117,11 +117,9 @@ class Task:
     high: float | None = None
 
     def score(self, mean_return: float) -> float:
-        return (
-            mean_return
-            if self.low is None
-            else float(np.clip((mean_return - self.low) / (self.high - self.low), *CLIP))
-        )
+        if self.low is None:
+            return mean_return
+        return float(np.clip((mean_return - self.low) / (self.high - self.low), *CLIP))
 
 
 class Script:
@@ -438,7 +436,10 @@ def confirm(args: Args, script: Script, tasks: list[Task], study: optuna.Study) 
 
 # ------------------------------------------------------------------------------------ the report
 def show(values: list[float]) -> str:
-    return f"{np.mean(values):.5g} ± {np.std(values):.3g}" if values else ""
+    """Mean and sample standard deviation, or the values if these are at most two."""
+    if len(values or ()) < 3:
+        return " and ".join(f"{value:.5g}" for value in values or ())
+    return f"{np.mean(values):.5g} ± {np.std(values, ddof=1):.3g}"
 
 
 def describe(trial: FrozenTrial) -> str:
