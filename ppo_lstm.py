@@ -22,13 +22,14 @@ Differs from ppo.py in the networks, which have an LSTM each. Its state is zero 
 begins (details 33 and 34). A minibatch holds all steps of some environments in order (detail 35),
 and learning computes the states anew from those at the start of the rollout (detail 36). Where an
 episode is truncated, the value of its last observation is computed in the rollout, with the state
-that the critic has at that time. Rewards are scaled by 1 - gamma, and observations are normalized:
-the small differences between two, which show a velocity, are then learned from sooner.
+that the critic has at that time. Rewards are scaled by 1 - gamma (at least by 1 / num_steps), and
+observations are normalized: the small differences between two, which show a velocity, are then
+learned from sooner.
 
 PPO itself is what stands from layer_init() to the end of train(); the rest supports it.
 In a notebook or debugger: `from ppo_lstm import Args, train; run = train(Args())`.
 For a loop of one's own: make_envs, Agent, compute_gae, ppo_loss, load_agent, evaluate.
-To cut it down, begin with --resume, --compile, videos, signals, checks and target_kl.
+To cut it down, begin with --resume, videos, signals, checks and target_kl.
 
     T, N       num_steps, of each environment in an iteration, and num_envs
     batch      the T * N samples of an iteration, split into num_minibatches in each epoch
@@ -218,8 +219,8 @@ class RecurrentNetwork(nn.Module):
     def forward(self, observations, ended, state):
         """All steps of a rollout. Returns outputs [num_steps, num_envs, num_outputs].
 
-        `state` is that of the first step, and zero after each step that has ended an episode,
-        [num_steps, num_envs].
+        `state`, [2, num_envs, 64], enters the first step. It is zero after each step that `ended`,
+        [num_steps, num_envs], an episode.
         """
         # The parts of episodes run side by side in one call of the LSTM, padded to one length. With
         # T = 4, and an episode of environment 0 that ends at step 1, its two parts and the only one
@@ -336,8 +337,9 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
 def ppo_loss(agent, args, batch):
     """The loss of a minibatch and its metrics (detail 12).
 
-    `batch` is a dict of tensors [minibatch_size, ...]: observations, actions, old_logprobs,
-    old_values, advantages and returns. An auxiliary loss is added here; train() puts what it needs
+    `batch` is a dict of tensors, each with the environments of the minibatch, n: observations,
+    actions, old_logprobs, old_values, advantages, returns and ended are [num_steps, n, ...], and
+    first_state is [4, n, 64]. An auxiliary loss is added here; train() puts what it needs
     besides into the batch.
     """
     logprobs, entropies, values = agent.evaluate_actions(batch)
@@ -424,7 +426,7 @@ def train(args):
         optimizer.zero_grad()
         loss, metrics = ppo_loss(agent, args, minibatch)
         loss.backward()
-        # Detail 11. On a GPU, torch 2.11 fails to compile clipping with foreach.
+        # Detail 11
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm, foreach=False)
         optimizer.step()
         return metrics | {"losses/grad_norm": grad_norm}
@@ -523,7 +525,7 @@ def train(args):
                 last_kl = updates[-1]["losses/approx_kl"]
                 if args.target_kl is not None and last_kl > args.target_kl:
                     break
-            # From the next iteration on: log-probabilities and states are those of acting.
+            # Only now: what has been learned from was normalized as in acting.
             agent.observation_statistics.update(batch["observations"].flatten(0, 1))
             global_step += batch_size
 

@@ -20,9 +20,10 @@
     tensorboard --logdir runs                                    # learning curves
 
 Differs from ppo.py in that the environments are one vector environment, in NumPy or torch, with
-discrete or continuous actions, and that all that is learned from are tensors on one device, which
-the host reads once in an iteration. Policy and normalization of continuous actions are those of
-ppo_continuous_action.py. How episodes end is the main thing to get right, see Simulator.
+discrete or continuous actions, and that all that is learned from are tensors on one device. The
+host reads them once in an iteration, and in mode DISABLED whenever episodes end. Policy and
+normalization of continuous actions are those of ppo_continuous_action.py. How episodes end is the
+main thing to get right, see Simulator.
 
 PPO itself is what stands from Agent to the end of train(); the rest supports it.
 In a notebook or debugger: `from ppo_vector import Args, train; run = train(Args())`.
@@ -150,11 +151,15 @@ def make_envs(args, num_envs, seed=0, render_mode=None):
         if library == "mjlab":
             return make_mjlab(name, num_envs, args.device, seed, **kwargs)
         if re.fullmatch(r"[\w.]+:\w+", args.env_id):
-            module, function = args.env_id.split(":")
-            function = getattr(importlib.import_module(module), function)
+            module, name = args.env_id.split(":")
+            function = getattr(importlib.import_module(module), name, None)
+            if function is None:
+                raise UsageError(f"{module} has no {name}")
             return function(num_envs=num_envs, device=args.device, seed=seed, **kwargs)
         return gym.make_vec(args.env_id, num_envs, "vector_entry_point", **kwargs)
-    except (gym.error.Error, ModuleNotFoundError, AttributeError) as error:
+    except ModuleNotFoundError as error:
+        raise UsageError(f"cannot make {args.env_id}: {error}") from error
+    except gym.error.Error as error:
         hint = f"ppo.py takes any id of Gymnasium; here, envpool/{args.env_id} may exist"
         raise UsageError(f"cannot make {args.env_id}: {error} ({hint})") from error
 
@@ -181,7 +186,8 @@ class Simulator:
         DISABLED   (mjlab) step() returns the last observation, and reset() follows.
 
     Observations are a dict of float32 [N, size]: "actor" for the policy and "critic" for the value
-    function, from the groups `actor` (or `policy`) and `critic` of a Dict; else both are the same.
+    function, from the groups `actor` (or `policy`) and `critic` of a Dict. What is missing of these
+    is made of all that is observed, but never of `critic` for the policy.
     """
 
     def __init__(self, envs, num_envs, device):
@@ -189,7 +195,7 @@ class Simulator:
         try:
             self.mode = AutoresetMode(envs.metadata["autoreset_mode"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            known = [mode.name for mode in AutoresetMode]
+            known = [mode.value for mode in AutoresetMode]
             raise UsageError(f"metadata['autoreset_mode'] must be one of {known}") from error
         space = envs.single_action_space
         self.is_continuous = hasattr(space, "low")
@@ -200,7 +206,7 @@ class Simulator:
             high = np.where(highest < 1e12, highest, low + 2)
             bounds = (lowest, highest, (low + high) / 2, (high - low) / 2)
             self.bounds = [torch.tensor(x, dtype=torch.float32, device=device) for x in bounds]
-        elif hasattr(space, "start"):
+        elif hasattr(space, "n") and hasattr(space, "start"):
             self.num_actions, self.action_start = int(space.n), int(space.start)
         else:
             raise UsageError(f"{space} is neither Discrete nor Box")
@@ -210,12 +216,14 @@ class Simulator:
         return torch.as_tensor(x, device=self.device).to(dtype).reshape(self.num_envs, -1)
 
     def groups(self, observations):
+        if isinstance(observations, tuple):
+            observations = dict(enumerate(observations))
         if not isinstance(observations, dict):
             return dict.fromkeys(("actor", "critic"), self.tensor(observations, torch.float32))
         groups = {name: self.tensor(x, torch.float32) for name, x in observations.items()}
         actor = groups.get("actor", groups.get("policy"))
         if actor is None:
-            actor = torch.cat(list(groups.values()), 1)
+            actor = torch.cat([x for name, x in groups.items() if name != "critic"], 1)
         return {"actor": actor, "critic": groups.get("critic", actor)}
 
     def reset(self, seed):
@@ -250,6 +258,9 @@ class Simulator:
         next_observations = groups["critic"]
         if self.mode == AutoresetMode.SAME_STEP:
             last = self.info.get("final_obs", self.info.get("final_observation"))
+            if isinstance(last, np.ndarray) and last.dtype == object:  # Gymnasium: None for others
+                last = [x if x is not None else y for x, y in zip(last, observations, strict=True)]
+                last = np.stack(last)
             last = before if last is None else self.groups(last)["critic"]
             next_observations = torch.where(self.ended.unsqueeze(1), last, next_observations)
         elif self.mode == AutoresetMode.DISABLED:
@@ -682,7 +693,7 @@ def delayed_signals():
             for signum in (signal.SIGINT, signal.SIGTERM):
                 old_handlers[signum] = signal.signal(signum, handle)
         yield received
-    except (EOFError, OSError):  # SIGTERM may have ended the processes of --async-envs as well
+    except (EOFError, OSError):  # SIGTERM may have ended processes of the simulator as well
         if not received:
             raise
     finally:
@@ -692,14 +703,14 @@ def delayed_signals():
 
 @contextmanager
 def closing_envs(envs):
-    """Close environments at the end. Their errors are shown, and processes that hang are ended."""
+    """Close environments at the end. Their errors are shown."""
     try:
         yield
     finally:
         try:
             envs.close()
         except (EOFError, ConnectionError):
-            pass  # the processes of --async-envs have been ended by a signal
+            pass  # processes of the simulator have been ended by a signal
         except Exception:
             traceback.print_exc()
 
@@ -796,7 +807,7 @@ def evaluate(args, run, max_steps=20_000):
     if args.eval_episodes < 1:
         raise UsageError("eval_episodes must be positive")
     print(f"playing {args.eval_episodes} greedy episodes of {args.env_id}", flush=True)
-    returns, num_stopped, step, _ = play(args, run, args.eval_episodes, max_steps)
+    returns, num_stopped, step, *_ = play(args, run, args.eval_episodes, max_steps)
     print(f"evaluation at step {step:,}: return {returns.mean():.2f} +- {returns.std():.2f}")
     with SummaryWriter(run) as writer:
         writer.add_scalar("eval/episodic_return", returns.mean(), step)
@@ -806,12 +817,12 @@ def evaluate(args, run, max_steps=20_000):
     if args.render:
         play(args, run, 1, 2000, "human")
     if args.capture_video:
-        *_, frames = play(args, run, 1, 2000, "rgb_array")
-        from gymnasium.utils.save_video import save_video  # a twentieth of a second
+        *_, frames, fps = play(args, run, 1, 2000, "rgb_array")
+        from gymnasium.utils.save_video import save_video  # importing it takes 0.05 s
 
         videos = f"{run}/videos"
         save_video(
-            frames, videos, episode_trigger=lambda _: True, fps=30, name_prefix=f"eval-{step}"
+            frames, videos, episode_trigger=lambda _: True, fps=fps, name_prefix=f"eval-{step}"
         )
         print(f"film: {videos}")
     return returns
@@ -821,7 +832,8 @@ def play(args, run, num_envs, max_steps, render_mode=None):
     """Play the first greedy episode of each environment, for at most max_steps steps.
 
     Returns the returns, [num_envs], the number of episodes that have not ended, the step of the
-    checkpoint and the frames of the first environment, if render_mode is "rgb_array".
+    checkpoint, the frames of the first environment, if render_mode is "rgb_array", and the number
+    of these in a second.
     """
     device = get_device(args.device)
     seed = make_seed("evaluation", args.seed)
@@ -847,7 +859,8 @@ def play(args, run, num_envs, max_steps, render_mode=None):
             playing &= ~simulator.ended
             if not playing.any():
                 break
-    return returns.cpu().numpy(), int(playing.sum()), step, frames
+    fps = envs.metadata.get("render_fps", 30)
+    return returns.cpu().numpy(), int(playing.sum()), step, frames, fps
 
 
 def main():

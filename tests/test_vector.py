@@ -5,12 +5,13 @@ import io
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from gymnasium.vector import AutoresetMode
-from helpers import curves, load, next_second, same_weights
+from helpers import assert_refused, curves, load, next_second, same_weights
 from torch.distributions import Categorical, Normal
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -133,8 +134,41 @@ def test_samples_are_what_happened(kind, use_torch, groups):
 def test_a_simulator_that_names_no_kind_is_refused(metadata):
     envs = Episodes(2)
     envs.metadata = metadata
-    with pytest.raises(ppo_vector.UsageError, match=r"NEXT_STEP.*SAME_STEP.*DISABLED"):
+    with pytest.raises(ppo_vector.UsageError, match=r"NextStep.*SameStep.*Disabled"):
         Simulator(envs, 2, "cpu")
+
+
+def test_gymnasiums_own_vector_environments():
+    """With SameStep, its last observations are an array of objects, None where no episode has ended."""
+    modes = {"autoreset_mode": AutoresetMode.SAME_STEP}
+    simulator = Simulator(gym.make_vec("CartPole-v1", 4, "sync", vector_kwargs=modes), 4, "cpu")
+    simulator.reset(seed=1)
+    for _ in range(100):
+        observations, after, _, terminations, *_ = simulator.step(torch.ones(4, dtype=torch.int64))
+        assert torch.equal(terminations, after[:, 2].abs() > 0.2095)  # 12 degrees
+        assert observations["critic"][:, 2].abs().max() < 0.2095
+
+
+def test_groups_of_observations():
+    simulator = Simulator(Episodes(3), 3, "cpu")
+    one, two = np.arange(3), np.arange(6).reshape(3, 2)
+    assert simulator.groups((one, two))["actor"].tolist() == [[0, 0, 1], [1, 2, 3], [2, 4, 5]]
+    groups = simulator.groups({"obs": two, "critic": one})
+    assert groups["actor"].tolist() == two.tolist() and groups["critic"].tolist() == [[0], [1], [2]]
+
+
+def make_faulty(num_envs, device, seed, space=None):
+    envs = Episodes(num_envs)
+    envs.single_action_space = MultiDiscrete([2, 3])
+    return envs if space else envs.no_such_name
+
+
+def test_faults_of_a_simulator(command_line):
+    """An action space that is not supported is refused; an exception keeps its traceback."""
+    flags = ("--env-id", "test_vector:make_faulty", "--env-kwargs")
+    assert_refused(ppo_vector, command_line(*flags, "space=True", script=ppo_vector), "MultiDiscrete")
+    with pytest.raises(AttributeError, match="no_such_name"):
+        command_line(*flags, script=ppo_vector)
 
 
 def test_actions_in_units_of_the_range():
