@@ -512,7 +512,7 @@ def delayed_signals():
             for signum in (signal.SIGINT, signal.SIGTERM):
                 old_handlers[signum] = signal.signal(signum, handle)
         yield received
-    except (EOFError, OSError):  # SIGTERM may have ended the processes of --async-envs as well
+    except (EOFError, OSError):  # SIGTERM may have ended processes of environments as well
         if not received:
             raise
     finally:

@@ -44,7 +44,6 @@ import os
 import random
 import re
 import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -149,6 +148,8 @@ def make_envs(args, num_envs, **options):
         "repeat_action_probability": 0.25 if args.sticky_actions else 0.0,
         "num_threads": torch.get_num_threads(),
     }
+    if taken := kwargs.keys() & script_options.keys():
+        raise UsageError(f"env_kwargs: the script sets {', '.join(sorted(taken))}")
     try:
         return AtariVectorEnv(spec.kwargs["game"], num_envs, **kwargs | script_options | options)
     except (TypeError, ValueError, gym.error.Error) as error:
@@ -305,16 +306,11 @@ def train(args):
         bfloat16 = args.bfloat16 and bool(supported)
     to_device = partial(torch.as_tensor, device=device)
     # What is random: the weights (seeded here), actions and minibatches (seeded in each iteration),
-    # environments and the global generators of `random` and NumPy (seeded by envs.reset() below).
+    # and the games (seeded by envs.reset() below).
     torch.manual_seed(args.seed)
-    run_dir = Path(args.resume) if args.resume else make_run_dir(args)
-    try:
-        envs = make_envs(args, N)
-    except Exception:
-        if not args.resume:
-            shutil.rmtree(run_dir)
-        raise
+    envs = make_envs(args, N)
     agent = Agent(envs, bfloat16).to(device)
+    run_dir = Path(args.resume) if args.resume else make_run_dir(args)
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(
         # A dict for each learning rate: a fork may give agent.critic one of its own.
@@ -401,7 +397,7 @@ def train(args):
                 rewards[t] = np.sign(scores)  # detail 19
                 episode_returns += scores
                 episode_lengths += 1
-                # A lost life is a termination, too, but only a new game counts its frames from 0.
+                # A lost life is a termination, too. Only in a new game is the frame number smaller.
                 new_game = infos["episode_frame_number"] < frame_numbers
                 ended = truncations[t] | (terminations[t] & new_game)
                 if ended.any():
@@ -491,7 +487,7 @@ def train(args):
 
 
 # --------------------------------------------------------------------------------------------------
-# This is the end of PPO. The rest: errors, spaces, checkpoints, evaluation and the command line.
+# This is the end of PPO. The rest: errors, checkpoints, evaluation and the command line.
 
 
 class UsageError(Exception):
@@ -518,7 +514,7 @@ def delayed_signals():
             for signum in (signal.SIGINT, signal.SIGTERM):
                 old_handlers[signum] = signal.signal(signum, handle)
         yield received
-    except (EOFError, OSError):  # SIGTERM may have ended the processes of --async-envs as well
+    except (EOFError, OSError):  # SIGTERM may have ended processes of environments as well
         if not received:
             raise
     finally:

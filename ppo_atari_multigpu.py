@@ -16,8 +16,8 @@
     torchrun --standalone --nproc-per-node 2 ppo_atari_multigpu.py --resume runs/RUN
     python ppo_atari_multigpu.py --evaluate runs/RUN --capture-video              # film a game
 
-Differs from ppo_atari.py in that W processes share the games, learn from minibatches of their own
-and take the mean of their gradients. Process 0 makes the run's folder, logs and saves.
+Differs from ppo_atari.py in that W processes share the games (N is num_envs / W in each), learn
+from minibatches of their own and take the mean of their gradients. Process 0 logs and saves.
 
 PPO itself is what stands from layer_init() to the end of train(); the rest supports it.
 For a loop of one's own: make_envs, Agent, compute_gae, ppo_loss, load_agent, evaluate.
@@ -38,7 +38,6 @@ import os
 import random
 import re
 import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -144,6 +143,8 @@ def make_envs(args, num_envs, **options):
         "repeat_action_probability": 0.25 if args.sticky_actions else 0.0,
         "num_threads": torch.get_num_threads(),
     }
+    if taken := kwargs.keys() & script_options.keys():
+        raise UsageError(f"env_kwargs: the script sets {', '.join(sorted(taken))}")
     try:
         return AtariVectorEnv(spec.kwargs["game"], num_envs, **kwargs | script_options | options)
     except (TypeError, ValueError, gym.error.Error) as error:
@@ -288,7 +289,7 @@ def train(args):
     T, N, batch_size = args.num_steps, args.num_envs // W, args.num_steps * args.num_envs
     num_iterations = math.ceil(args.total_timesteps / batch_size)
     if args.num_envs % W or N * T % args.num_minibatches:
-        raise UsageError("num_minibatches must divide num_envs * num_steps / W")
+        raise UsageError(f"{W} must divide num_envs, num_minibatches num_envs * num_steps / {W}")
 
     # ---------------------------------------------- set-up: device, environments, agent, optimizer
     device = get_device(args.device.replace("cuda", f"cuda:{os.environ.get('LOCAL_RANK', 0)}"))
@@ -304,16 +305,11 @@ def train(args):
     if W > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     # What is random: the weights (seeded here), actions and minibatches (seeded in each iteration),
-    # environments and the global generators of `random` and NumPy (seeded by envs.reset() below).
+    # and the games (seeded by envs.reset() below).
     torch.manual_seed(args.seed)
-    run_dir = Path(args.resume) if args.resume else make_run_dir(args) if rank == 0 else None
-    try:
-        envs = make_envs(args, N)
-    except Exception:
-        if not args.resume and rank == 0:
-            shutil.rmtree(run_dir)
-        raise
+    envs = make_envs(args, N)
     agent = Agent(envs, bfloat16).to(device)
+    run_dir = Path(args.resume) if args.resume else make_run_dir(args) if rank == 0 else None
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(
         # A dict for each learning rate: a fork may give agent.critic one of its own.
@@ -404,7 +400,7 @@ def train(args):
                 rewards[t] = np.sign(scores)  # detail 19
                 episode_returns += scores
                 episode_lengths += 1
-                # A lost life is a termination, too, but only a new game counts its frames from 0.
+                # A lost life is a termination, too. Only in a new game is the frame number smaller.
                 new_game = infos["episode_frame_number"] < frame_numbers
                 ended = truncations[t] | (terminations[t] & new_game)
                 if ended.any():
@@ -451,6 +447,7 @@ def train(args):
                     updates.append({name: value.clone() for name, value in values.items()})
                 last_kl = updates[-1]["losses/approx_kl"]
                 if W > 1:
+                    last_kl = last_kl.clone()  # what is logged stays that of this process
                     dist.all_reduce(last_kl)
                     last_kl /= W
                 if args.target_kl is not None and last_kl > args.target_kl:
@@ -513,7 +510,7 @@ def train(args):
 
 
 # --------------------------------------------------------------------------------------------------
-# This is the end of PPO. The rest: errors, spaces, checkpoints, evaluation and the command line.
+# This is the end of PPO. The rest: errors, checkpoints, evaluation and the command line.
 
 
 class UsageError(Exception):
@@ -540,7 +537,7 @@ def delayed_signals():
             for signum in (signal.SIGINT, signal.SIGTERM):
                 old_handlers[signum] = signal.signal(signum, handle)
         yield received
-    except (EOFError, OSError):  # SIGTERM may have ended the processes of --async-envs as well
+    except (EOFError, OSError):  # SIGTERM may have ended processes of environments as well
         if not received:
             raise
     finally:
@@ -728,7 +725,9 @@ def main():
         sys.exit(2)
     except Stopped as stopped:
         run_dir, signum = stopped.args
-        print("to resume:", shlex.join(["python", sys.argv[0], "--resume", str(run_dir)]))
+        W = os.environ.get("WORLD_SIZE", "1")
+        launcher = ["torchrun", "--standalone", "--nproc-per-node", W] if W != "1" else ["python"]
+        print("to resume:", shlex.join([*launcher, sys.argv[0], "--resume", str(run_dir)]))
         sys.exit(128 + signum)
     except KeyboardInterrupt:  # in an evaluation, or the second one in training
         sys.exit(130)

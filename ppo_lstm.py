@@ -23,8 +23,7 @@ begins (details 33 and 34). A minibatch holds all steps of some environments in 
 and learning computes the states anew from those at the start of the rollout (detail 36). Where an
 episode is truncated, the value of its last observation is computed in the rollout, with the state
 that the critic has at that time. Rewards are scaled by 1 - gamma (at least by 1 / num_steps), and
-observations are normalized: the small differences between two, which show a velocity, are then
-learned from sooner.
+observations normalized: the small differences that show a velocity are then learned from sooner.
 
 PPO itself is what stands from layer_init() to the end of train(); the rest supports it.
 In a notebook or debugger: `from ppo_lstm import Args, train; run = train(Args())`.
@@ -337,9 +336,8 @@ def compute_gae(rewards, values, next_values, terminations, truncations, gamma, 
 def ppo_loss(agent, args, batch):
     """The loss of a minibatch and its metrics (detail 12).
 
-    `batch` is a dict of tensors, each with the environments of the minibatch, n: observations,
-    actions, old_logprobs, old_values, advantages, returns and ended are [num_steps, n, ...], and
-    first_state is [4, n, 64]. An auxiliary loss is added here; train() puts what it needs
+    `batch` is a dict of tensors [minibatch_size, ...]: observations, actions, old_logprobs,
+    old_values, advantages and returns. An auxiliary loss is added here; train() puts what it needs
     besides into the batch.
     """
     logprobs, entropies, values = agent.evaluate_actions(batch)
@@ -426,7 +424,7 @@ def train(args):
         optimizer.zero_grad()
         loss, metrics = ppo_loss(agent, args, minibatch)
         loss.backward()
-        # Detail 11
+        # Detail 11. On a GPU, torch 2.11 fails to compile clipping with foreach.
         grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm, foreach=False)
         optimizer.step()
         return metrics | {"losses/grad_norm": grad_norm}
@@ -521,6 +519,7 @@ def train(args):
             for _ in range(args.update_epochs):
                 permutation = torch.randperm(N).to(device)
                 for indices in permutation.split(N // args.num_minibatches):  # detail 35
+                    # Each is [T, n, ...], with n environments, but for the state, [4, n, 64].
                     updates.append(update({name: x[:, indices] for name, x in batch.items()}))
                 last_kl = updates[-1]["losses/approx_kl"]
                 if args.target_kl is not None and last_kl > args.target_kl:
@@ -599,7 +598,7 @@ def delayed_signals():
             for signum in (signal.SIGINT, signal.SIGTERM):
                 old_handlers[signum] = signal.signal(signum, handle)
         yield received
-    except (EOFError, OSError):  # SIGTERM may have ended the processes of --async-envs as well
+    except (EOFError, OSError):  # SIGTERM may have ended processes of environments as well
         if not received:
             raise
     finally:

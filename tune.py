@@ -274,10 +274,10 @@ def train(trial, command: list[str], folder: Path, tasks: list[Task], scores: li
                 reason = f"exit code {code}: {last_line((folder / 'output.txt').read_text(errors='replace'))}"
             if reason and last_step == 0 and "defaults" in trial.user_attrs:
                 errors.append(UsageError(f"the script fails with its defaults: {reason} ({folder})"))
-            elif reason:
-                trial.set_user_attr("reason", f"{folder.name}: {reason}")
-            if reason:
                 raise RunFailed(reason)
+            if reason:
+                trial.set_user_attr("reason", f"{folder.name}: {reason}")
+                raise optuna.TrialPruned  # unlike a failed trial, a bad one that the sampler learns from
             due = REPORTS if code == 0 else min(last_step * REPORTS // task.steps, REPORTS - 1)
             for report in range(reported + 1, due + 1):
                 step = task.steps * report // REPORTS
@@ -288,8 +288,8 @@ def train(trial, command: list[str], folder: Path, tasks: list[Task], scores: li
                 value, step = float(np.mean([*scores, task.score(mean_return)])), step + sum(t.steps for t in previous)
                 trial.report(value, step)
                 # Optuna's MedianPruner compares the best value at any step: a lucky first seed would protect a trial.
-                others = [t.intermediate_values.get(step) for t in trial.study.get_trials(deepcopy=False)]
-                others = [other for other in others if other is not None]  # and this trial
+                trials = [t for t in trial.study.get_trials(deepcopy=False) if t.state != TrialState.FAIL]
+                others = [t.intermediate_values[step] for t in trials if step in t.intermediate_values]  # and this
                 behind = len(others) > MIN_OTHERS and value < np.median(others)
                 if behind and can_be_stopped and WARMUP <= report < REPORTS:
                     raise optuna.TrialPruned
@@ -444,8 +444,10 @@ def show(values: list[float]) -> str:
 
 def describe(trial: FrozenTrial) -> str:
     """The value of a finished trial, with the standard deviation over the seeds, or what became of it."""
+    if "reason" in trial.user_attrs:
+        return f"failed, {trial.user_attrs['reason']}"
     if trial.value is None:
-        return f"failed, {trial.user_attrs['reason']}" if "reason" in trial.user_attrs else "not run: batch size"
+        return "not run: batch size"
     return f"stopped at {trial.value:.5g}" if trial.state == TrialState.PRUNED else show(trial.user_attrs["scores"])
 
 
@@ -468,7 +470,7 @@ def write_report(study: optuna.Study) -> None:
         verdict = "No trial was better than the script's defaults."
     parts = [
         f"# {study.study_name}",
-        f"{len(trials)} trials: {len(complete)} complete, {len(trials) - len(complete)} stopped early or failed.",
+        f"{len(trials)} trials: {len(complete)} complete, {len(trials) - len(complete)} stopped early, failed or not run.",
         "\n".join(f"| {' | '.join(row)} |" for row in table),
         study.user_attrs.get(f"verdict on trial {best.number}", verdict),
         f"The best flags, trial {best.number}, {target} {describe(best)} over the seeds {made_with['seeds']}:",

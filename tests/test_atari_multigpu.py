@@ -169,7 +169,7 @@ def test_a_signal_to_torchrun_stops_and_any_number_of_processes_resumes(start, c
     assert not any(map(alive, workers))
     saved = load(run_dir)["global_step"]
     assert 64 < saved < 64 * 1000
-    assert f"to resume: python job.py --resume {run_dir}" in result.out
+    assert f"to resume: torchrun --standalone --nproc-per-node 2 job.py --resume {run_dir}" in result.out
 
     next_second()
     assert command_line("--resume", run_dir, "--total-timesteps", saved + 64, script=ppo_atari_multigpu).code == 0
@@ -199,5 +199,5 @@ dist.all_gather_object = noted_gather
     )
     result = finish(process)
     assert load(the_run())["global_step"] == 4 * 64
-    assert "to resume: python job.py --resume runs/ALE-Breakout-v5__" in result.out
+    assert "to resume: torchrun --standalone --nproc-per-node 2 job.py --resume runs/ALE-Breakout-v5__" in result.out
     assert "Connection" not in result.err

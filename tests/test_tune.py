@@ -175,13 +175,14 @@ def test_several_environments(command_line):
 
 @pytest.mark.parametrize("fail", ["exit", "nan"])
 def test_what_fails_is_a_trial_not_the_study(command_line, fail):
+    """As one that is stopped early, which the sampler learns from, unlike a failed one."""
     result = command_line(*toy("--n-trials", 5, "--space", f"fail=choice:{fail}"), script=tune)
     assert result.code == 0, result.err
     trials = trials_of("toy__Toy-v0")
     assert len(trials) == 5
     for trial in trials:
         failed = trial.params["fail"] == fail
-        assert trial.state == (TrialState.FAIL if failed else TrialState.COMPLETE)
+        assert trial.state == (TrialState.PRUNED if failed else TrialState.COMPLETE)
         assert failed == ("reason" in trial.user_attrs)
 
 
@@ -189,7 +190,7 @@ def test_defaults_that_diverge_are_a_trial_like_any_other(command_line):
     Path("toy.py").write_text(TOY.replace('args.fail == "nan"', "args.skill == 0.5"))
     result = command_line(*toy("--n-trials", 3, "--space", "skill=float:0.6:1"), script=tune)
     assert result.code == 0, result.err
-    assert [trial.state for trial in trials_of("toy__Toy-v0")] == [TrialState.FAIL] + [TrialState.COMPLETE] * 2
+    assert [trial.state for trial in trials_of("toy__Toy-v0")] == [TrialState.PRUNED] + [TrialState.COMPLETE] * 2
 
 
 def test_what_failed_at_once_is_corrected_and_the_same_study_goes_on(command_line):
