@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
@@ -185,6 +186,7 @@ def test_a_game_is_watched(command_line, monkeypatch):
         ("--env-id", "CartPole-v1"),
         ("--env-kwargs", "nonsense=1"),
         ("--env-kwargs", "frameskip=0"),
+        ("--env-kwargs", "repeat_action_probability=0.25"),  # --sticky-actions sets it
         ("--num-minibatches", 5),
         ("--device", "cud"),
         ("--resume", "no_such_run"),
@@ -192,6 +194,7 @@ def test_a_game_is_watched(command_line, monkeypatch):
 )
 def test_input_that_is_refused(command_line, flags):
     assert_refused(ppo_atari, command_line(*flags, script=ppo_atari))
+    assert not list(Path().glob("runs/*"))
 
 
 def test_seeds_of_games_have_31_bits(monkeypatch):
