@@ -35,7 +35,7 @@ QUESTIONS = {  # folder of the variants, environments, seeds of the default, see
     "screen": ("proposals", ("LunarLander-v3", "HalfCheetah-v5", "Hopper-v5"), (201, 202), (201, 202)),
     "proposals": ("proposals", ("LunarLander-v3", "HalfCheetah-v5", "Hopper-v5", "Ant-v5"), range(1, 6), range(1, 6)),
 }
-FINALISTS = ("advantages_each_epoch", "spo_loss")  # of the question "proposals"
+FINALISTS = ("gradients_clipped_apart", "layer_norm", "critic_256_silu", "spo_loss")  # of the question "proposals"
 
 
 def make_variants(script: str, question: str, folder: Path) -> dict[str, tuple[Path, list[str]]]:
@@ -95,7 +95,10 @@ def write_results(question: str, values: dict[str, dict[str, list[float]]], mach
         seeds = QUESTIONS[question][2]
         csv.writer(file, lineterminator="\n").writerows([["result", "variant", *seeds], *rows])
     figure = Figure(figsize=(12, 8), layout="constrained")
-    for panel, (result, x) in zip(figure.subplots(2, 2).flat, values.items(), strict=False):
+    panels = figure.subplots(2, 2).flatten()
+    for panel in panels[len(values) :]:
+        panel.set_axis_off()
+    for panel, (result, x) in zip(panels, values.items(), strict=False):
         panel.axvspan(min(x["default"]), max(x["default"]), color="tab:blue", alpha=0.2, linewidth=0)
         for row, points in enumerate(x.values()):
             panel.plot(points, [row] * len(points), ".", color="tab:orange" if row else "tab:blue")
