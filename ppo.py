@@ -709,7 +709,9 @@ def main():
         run_dir, signum = stopped.args
         print("to resume:", shlex.join(["python", sys.argv[0], "--resume", str(run_dir)]))
         sys.exit(128 + signum)
-    except KeyboardInterrupt:  # in an evaluation, or the second one in training
+    except KeyboardInterrupt:
+        if not args.evaluate:
+            raise  # the second one in training: the traceback shows where it hangs
         sys.exit(130)
 
 

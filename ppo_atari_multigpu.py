@@ -729,7 +729,9 @@ def main():
         launcher = ["torchrun", "--standalone", "--nproc-per-node", W] if W != "1" else ["python"]
         print("to resume:", shlex.join([*launcher, sys.argv[0], "--resume", str(run_dir)]))
         sys.exit(128 + signum)
-    except KeyboardInterrupt:  # in an evaluation, or the second one in training
+    except KeyboardInterrupt:
+        if not args.evaluate:
+            raise  # the second one in training: the traceback shows where it hangs
         sys.exit(130)
 
 

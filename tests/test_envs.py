@@ -237,7 +237,9 @@ def test_a_second_ctrl_c_ends_hanging_environments(start):
     assert "stopping after this iteration" in process.stderr.readline()
     assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
-    assert finish(process).code == 130
+    code, _, err = finish(process)
+    assert code == -signal.SIGINT
+    assert err.rstrip().endswith("KeyboardInterrupt")
     wait_until(lambda: not any(map(alive, pids)), "the processes of the environments end")
 
 

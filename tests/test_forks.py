@@ -11,7 +11,7 @@ AGENT = "        self.critic = mlp(num_inputs, 1, std=1.0)\n"  # in Agent.__init
 GROUPS = '[{"params": parameters, "initial_lr": args.learning_rate}]'
 BATCH = '            batch = {"observations": to_device(observations), "actions": to_device(actions)}\n'
 INFO = "reward, terminated, truncated, {}\n"
-STEP = "                observation, rewards[t], terminations[t], truncations[t], _ = step\n"
+STEP = "                observation, rewards[t], terminations[t], truncations[t], _ = transition\n"
 EPISODES = '            metrics["charts/episodes"] = len(finished_returns)\n'
 
 # The critic learns three times as fast.
