@@ -152,13 +152,13 @@ def work_arithmetic(scenario: str, total_timesteps: int, seed: int, dtype: str) 
     forward_flops, backward_flops = forward.get_total_flops(), backward.get_total_flops()
     flops_per_step = forward_flops + args.update_epochs * (forward_flops + backward_flops)
 
-    matrix = torch.ones(2048, 2048, dtype=getattr(torch, dtype))
+    matrix = torch.ones(1024, 1024, dtype=getattr(torch, dtype))
     matrix @ matrix  # warm-up
     start, products, seconds = time.perf_counter(), 0, 0.0
-    while products < 20 and seconds < 5:  # without hardware for bfloat16, one takes many seconds
+    while products < 100 and seconds < 5:  # without hardware for bfloat16, one takes seconds
         matrix @ matrix
         products, seconds = products + 1, time.perf_counter() - start
-    flops = products * 2 * 2048**3 / seconds
+    flops = products * 2 * 1024**3 / seconds
     return {"steps_per_second": flops / flops_per_step, "flops": flops}
 
 
