@@ -731,7 +731,7 @@ def main():
         sys.exit(128 + signum)
     except KeyboardInterrupt:
         if not args.evaluate:
-            raise  # the second one in training: the traceback shows where it hangs
+            raise  # after a second signal, the traceback shows where training hangs
         sys.exit(130)
 
 

@@ -255,7 +255,7 @@ class Agent(nn.Module):
         self.actor = mlp(num_inputs, num_actions, std=0.01)  # actions begin in the middle
         self.critic = mlp(num_inputs, 1, std=1.0)
         # The same deviation for all observations (detail 24), at first a quarter of the range. From
-        # half of it, HalfCheetah reached 3173 instead of 5435 (means of five seeds).
+        # half of it, HalfCheetah reached 3173 instead of 5435 (five and ten seeds).
         self.log_std = nn.Parameter(torch.full((num_actions,), math.log(0.5)))
 
     def normalize(self, observations):
@@ -781,7 +781,7 @@ def main():
         sys.exit(128 + signum)
     except KeyboardInterrupt:
         if not args.evaluate:
-            raise  # the second one in training: the traceback shows where it hangs
+            raise  # after a second signal, the traceback shows where training hangs
         sys.exit(130)
 
 

@@ -289,8 +289,8 @@ def train(trial, command: list[str], folder: Path, tasks: list[Task], scores: li
                 trial.report(value, step)
                 # Optuna's MedianPruner compares the best value at any step: a lucky first seed would protect a trial.
                 trials = [t for t in trial.study.get_trials(deepcopy=False) if t.state != TrialState.FAIL]
-                others = [t.intermediate_values[step] for t in trials if step in t.intermediate_values]  # and this
-                behind = len(others) > MIN_OTHERS and value < np.median(others)
+                values = [t.intermediate_values[step] for t in trials if step in t.intermediate_values]  # and its own
+                behind = len(values) > MIN_OTHERS and value < np.median(values)
                 if behind and can_be_stopped and WARMUP <= report < REPORTS:
                     raise optuna.TrialPruned
             reported = due
@@ -470,7 +470,7 @@ def write_report(study: optuna.Study) -> None:
         verdict = "No trial was better than the script's defaults."
     parts = [
         f"# {study.study_name}",
-        f"{len(trials)} trials: {len(complete)} complete, {len(trials) - len(complete)} stopped early, failed or not run.",
+        f"{len(trials)} trials: {len(complete)} complete, the others stopped early, failed or not run.",
         "\n".join(f"| {' | '.join(row)} |" for row in table),
         study.user_attrs.get(f"verdict on trial {best.number}", verdict),
         f"The best flags, trial {best.number}, {target} {describe(best)} over the seeds {made_with['seeds']}:",
