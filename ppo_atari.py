@@ -517,6 +517,9 @@ def delayed_signals():
     except (EOFError, OSError):  # SIGTERM may have ended processes of environments as well
         if not received:
             raise
+    except KeyboardInterrupt:
+        traceback.print_exc()  # after a second signal: where training hangs
+        raise
     finally:
         for signum, handler in old_handlers.items():
             signal.signal(signum, handler)
@@ -705,8 +708,6 @@ def main():
         print("to resume:", shlex.join(["python", sys.argv[0], "--resume", str(run_dir)]))
         sys.exit(128 + signum)
     except KeyboardInterrupt:
-        if not args.evaluate:
-            raise  # after a second signal, the traceback shows where training hangs
         sys.exit(130)
 
 

@@ -108,7 +108,10 @@ def test_an_evaluation_that_ends_early(command_line, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(gym.vector.SyncVectorEnv, "step", Mock(side_effect=KeyboardInterrupt))
         result = command_line("--evaluate", run_dir)
-    assert result.code == 130 and result.err == ""
+        patch.undo()
+        patch.setattr(ppo, "evaluate", Mock(side_effect=KeyboardInterrupt))
+        trained = command_line("--total-timesteps", 512, "--seed", 2)
+    assert result.code == trained.code == 130 and result.err == trained.err == ""
     monkeypatch.setattr(ppo, "SummaryWriter", Mock(side_effect=OSError(errno.EROFS, "read-only")))
     result = command_line("--evaluate", run_dir)
     assert_refused(ppo, result, "read-only")
