@@ -48,6 +48,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial

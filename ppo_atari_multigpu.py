@@ -42,6 +42,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
