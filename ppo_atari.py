@@ -292,7 +292,6 @@ def train(args):
     Raises UsageError, and Stopped, a KeyboardInterrupt, when a signal has ended training.
     """
     T, N, batch_size = args.num_steps, args.num_envs, args.num_steps * args.num_envs
-    num_iterations = math.ceil(args.total_timesteps / batch_size)
     if batch_size % args.num_minibatches:
         raise UsageError("num_minibatches must divide num_envs * num_steps")
 
@@ -346,6 +345,7 @@ def train(args):
         return features, agent.act(features)
 
     if args.compile:
+        torch.compiler.reset()  # or only eight runs of a process would be compiled
         torch._dynamo.config.trace_autograd_ops = True  # compile backward() as well
         if device.type == "cuda":  # as CUDA graphs, which launch all kernels of a function at once
             act = torch.compile(act, mode="reduce-overhead")
@@ -373,19 +373,20 @@ def train(args):
     writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # hides steps after the checkpoint
     flags = [f"    {name}: {value}" for name, value in vars(args).items()]
     writer.add_text("hyperparameters", "\n".join(flags))
-    total_steps = num_iterations * batch_size
+    num_iterations = math.ceil((args.total_timesteps - global_step) / batch_size)  # to go
+    total_steps = global_step + num_iterations * batch_size
     print(f"{run_dir}: steps {global_step:,} to {total_steps:,} by {batch_size:,}", flush=True)
     if global_step >= total_steps:
         print("this run is finished; a larger --total-timesteps extends it, at a higher rate")
     last_save = last_print = -math.inf
 
     with delayed_signals() as received, writer, closing(envs):
-        for iteration in range(global_step // batch_size, num_iterations):
+        while global_step < total_steps:
             # --------------------------------- (a) roll out: num_steps steps in every environment
             iteration_start = time.monotonic()
             # A seed for each iteration: a resumed run begins new episodes, but draws the same noise
             # and minibatches as one that has not been stopped.
-            torch.manual_seed(make_seed("iteration", args.seed, iteration))
+            torch.manual_seed(make_seed("iteration", args.seed, global_step // batch_size))
             finished_returns, finished_lengths, final_frames = [], [], []
             observations[0] = observations[T]
             for t in range(T):
@@ -430,7 +431,7 @@ def train(args):
             batch = {name: x.flatten(0, 1) for name, x in batch.items()}  # each [batch_size, ...]
 
             # ---------------------------- (c) learn: epochs over shuffled minibatches (detail 6)
-            fraction = 1 - iteration / num_iterations if args.anneal_lr else 1.0
+            fraction = 1 - global_step / total_steps if args.anneal_lr else 1.0
             for group in optimizer.param_groups:
                 # Detail 4. A number instead of a tensor would make --compile compile again.
                 group["lr"] = to_device(fraction * group["initial_lr"])

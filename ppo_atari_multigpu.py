@@ -288,7 +288,6 @@ def train(args):
     """
     rank, W = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
     T, N, batch_size = args.num_steps, args.num_envs // W, args.num_steps * args.num_envs
-    num_iterations = math.ceil(args.total_timesteps / batch_size)
     if args.num_envs % W or N * T % args.num_minibatches:
         raise UsageError(f"{W} must divide num_envs, num_minibatches num_envs * num_steps / {W}")
 
@@ -348,6 +347,7 @@ def train(args):
         return features, agent.act(features)
 
     if args.compile:
+        torch.compiler.reset()  # or only eight runs of a process would be compiled
         torch._dynamo.config.trace_autograd_ops = True  # compile backward() as well
         if device.type == "cuda" and W == 1:  # as CUDA graphs: all kernels are launched at once
             act = torch.compile(act, mode="reduce-overhead")
@@ -372,7 +372,8 @@ def train(args):
     observations[T] = to_device(frames).permute(0, 2, 3, 1)
 
     # ----------------------------------------------------------------------------- set-up: logging
-    total_steps = num_iterations * batch_size
+    num_iterations = math.ceil((args.total_timesteps - global_step) / batch_size)  # to go
+    total_steps = global_step + num_iterations * batch_size
     if rank == 0:
         writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # hides what is later
         flags = [f"    {name}: {value}" for name, value in vars(args).items()]
@@ -383,12 +384,12 @@ def train(args):
     last_save = last_print = -math.inf
 
     with delayed_signals() as received, writer if rank == 0 else nullcontext(), closing(envs):
-        for iteration in range(global_step // batch_size, num_iterations):
+        while global_step < total_steps:
             # --------------------------------- (a) roll out: num_steps steps in every environment
             iteration_start = time.monotonic()
             # A seed for each iteration: a resumed run begins new episodes, but draws the same noise
             # and minibatches as one that has not been stopped.
-            torch.manual_seed(make_seed("iteration", args.seed, iteration, rank))
+            torch.manual_seed(make_seed("iteration", args.seed, global_step // batch_size, rank))
             finished_returns, finished_lengths, final_frames = [], [], []
             observations[0] = observations[T]
             for t in range(T):
@@ -433,7 +434,7 @@ def train(args):
             batch = {name: x.flatten(0, 1) for name, x in batch.items()}  # each [batch_size, ...]
 
             # ---------------------------- (c) learn: epochs over shuffled minibatches (detail 6)
-            fraction = 1 - iteration / num_iterations if args.anneal_lr else 1.0
+            fraction = 1 - global_step / total_steps if args.anneal_lr else 1.0
             for group in optimizer.param_groups:
                 # Detail 4. A number instead of a tensor would make --compile compile again.
                 group["lr"] = to_device(fraction * group["initial_lr"])

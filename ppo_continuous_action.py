@@ -164,7 +164,7 @@ def make_envs(args, num_envs, render_mode=None, video_folder=None):
         if os.getpid() != main_process:  # a process of --async-envs, which Ctrl-C must not end
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         film = video_folder and index == 0
-        if film and "DISPLAY" not in os.environ:
+        if film and sys.platform == "linux" and "DISPLAY" not in os.environ:
             os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo then renders without a display
         env = make_gym_env(args, "rgb_array" if film else render_mode)
         # A fork adds its wrappers here, for training and evaluation. Rewards and returns are those
@@ -356,7 +356,6 @@ def train(args):
     Raises UsageError, and Stopped, a KeyboardInterrupt, when a signal has ended training.
     """
     T, N, batch_size = args.num_steps, args.num_envs, args.num_steps * args.num_envs
-    num_iterations = math.ceil(args.total_timesteps / batch_size)
     if batch_size % args.num_minibatches:
         raise UsageError("num_minibatches must divide num_envs * num_steps")
 
@@ -372,7 +371,7 @@ def train(args):
     videos = f"{run_dir}/videos/train-{int(time.time())}" if args.capture_video else None
     try:
         envs = make_envs(args, N, video_folder=videos)
-    except Exception:
+    except BaseException:
         if not args.resume:
             shutil.rmtree(run_dir)
         raise
@@ -408,6 +407,7 @@ def train(args):
         return metrics | {"losses/grad_norm": grad_norm}
 
     if args.compile:
+        torch.compiler.reset()  # or only eight runs of a process would be compiled
         torch._dynamo.config.trace_autograd_ops = True  # compile backward() as well
         update = torch.compile(update)
 
@@ -434,19 +434,20 @@ def train(args):
     writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # hides steps after the checkpoint
     flags = [f"    {name}: {value}" for name, value in vars(args).items()]
     writer.add_text("hyperparameters", "\n".join(flags))
-    total_steps = num_iterations * batch_size
+    num_iterations = math.ceil((args.total_timesteps - global_step) / batch_size)  # to go
+    total_steps = global_step + num_iterations * batch_size
     print(f"{run_dir}: steps {global_step:,} to {total_steps:,} by {batch_size:,}", flush=True)
     if global_step >= total_steps:
         print("this run is finished; a larger --total-timesteps extends it, at a higher rate")
     last_save = last_print = -math.inf
 
     with delayed_signals() as received, writer, closing_envs(envs):
-        for iteration in range(global_step // batch_size, num_iterations):
+        while global_step < total_steps:
             # --------------------------------- (a) roll out: num_steps steps in every environment
             iteration_start = time.monotonic()
             # A seed for each iteration: a resumed run begins new episodes, but draws the same noise
             # and minibatches as one that has not been stopped.
-            torch.manual_seed(make_seed("iteration", args.seed, iteration))
+            torch.manual_seed(make_seed("iteration", args.seed, global_step // batch_size))
             finished_returns, finished_lengths = [], []
             for t in range(T):
                 observations[t] = observation
@@ -490,7 +491,7 @@ def train(args):
             batch = {name: x.flatten(0, 1) for name, x in batch.items()}  # each [batch_size, ...]
 
             # ---------------------------- (c) learn: epochs over shuffled minibatches (detail 6)
-            fraction = 1 - iteration / num_iterations if args.anneal_lr else 1.0
+            fraction = 1 - global_step / total_steps if args.anneal_lr else 1.0
             for group in optimizer.param_groups:
                 # Detail 4. A number instead of a tensor would make --compile compile again.
                 group["lr"] = to_device(fraction * group["lr_scale"] * group["initial_lr"])

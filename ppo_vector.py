@@ -21,7 +21,7 @@
 
 Differs from ppo.py in that the environments are one vector environment, in NumPy or torch, with
 discrete or continuous actions, and that all that is learned from are tensors on one device. The
-host reads them once in an iteration, and in mode DISABLED whenever episodes end. Policy and
+host reads them once in an iteration, and in mode DISABLED once in each step. Policy and
 normalization of continuous actions are those of ppo_continuous_action.py. How episodes end is the
 main thing to get right, see Simulator.
 
@@ -157,7 +157,9 @@ def make_envs(args, num_envs, seed=0, render_mode=None):
                 raise UsageError(f"{module} has no {name}")
             return function(num_envs=num_envs, device=args.device, seed=seed, **kwargs)
         return gym.make_vec(args.env_id, num_envs, "vector_entry_point", **kwargs)
-    except ModuleNotFoundError as error:
+    except (ModuleNotFoundError, TypeError) as error:
+        if isinstance(error, TypeError) and "unexpected keyword" not in str(error):
+            raise  # a fault of the simulator's own
         raise UsageError(f"cannot make {args.env_id}: {error}") from error
     except gym.error.Error as error:
         hint = f"ppo.py takes any id of Gymnasium; here, envpool/{args.env_id} may exist"
@@ -186,8 +188,8 @@ class Simulator:
         DISABLED   (mjlab) step() returns the last observation, and reset() follows.
 
     Observations are a dict of float32 [N, size]: "actor" for the policy and "critic" for the value
-    function, from the groups `actor` (or `policy`) and `critic` of a Dict. What is missing of these
-    is made of all that is observed, but never of `critic` for the policy.
+    function, from the groups `actor` (or `policy`) and `critic` of a Dict. Without the first, the
+    policy gets all groups but `critic`; without `critic`, the value function what the policy gets.
     """
 
     def __init__(self, envs, num_envs, device):
@@ -229,7 +231,9 @@ class Simulator:
     def reset(self, seed):
         """Begin new episodes. Returns observations."""
         observations, _ = self.envs.reset(seed=seed)
-        some = next(iter(observations.values())) if isinstance(observations, dict) else observations
+        some = observations  # a tensor or array, or a dict or tuple of them
+        if isinstance(some, (dict, tuple)):
+            some = next(iter(some.values() if isinstance(some, dict) else some))
         self.use_torch = isinstance(some, torch.Tensor)
         self.ended = torch.zeros_like(self.ended)
         self.observations = self.groups(observations)
@@ -453,7 +457,6 @@ def train(args):
     Raises UsageError, and Stopped, a KeyboardInterrupt, when a signal has ended training.
     """
     T, N, batch_size = args.num_steps, args.num_envs, args.num_steps * args.num_envs
-    num_iterations = math.ceil(args.total_timesteps / batch_size)
     if batch_size % args.num_minibatches:
         raise UsageError("num_minibatches must divide num_envs * num_steps")
 
@@ -467,7 +470,7 @@ def train(args):
     try:
         simulator = Simulator(make_envs(args, N, seed), N, device)
         observations = simulator.reset(seed)
-    except Exception:
+    except BaseException:
         if not args.resume:
             shutil.rmtree(run_dir)
         raise
@@ -504,6 +507,7 @@ def train(args):
 
     act = agent.act
     if args.compile:
+        torch.compiler.reset()  # or only eight runs of a process would be compiled
         torch._dynamo.config.trace_autograd_ops = True  # compile backward() as well
         # On a GPU as CUDA graphs, which launch all kernels of a function at once
         mode = "reduce-overhead" if device.type == "cuda" else None
@@ -536,19 +540,20 @@ def train(args):
     writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # hides steps after the checkpoint
     flags = [f"    {name}: {value}" for name, value in vars(args).items()]
     writer.add_text("hyperparameters", "\n".join(flags))
-    total_steps = num_iterations * batch_size
+    num_iterations = math.ceil((args.total_timesteps - global_step) / batch_size)  # to go
+    total_steps = global_step + num_iterations * batch_size
     print(f"{run_dir}: steps {global_step:,} to {total_steps:,} by {batch_size:,}", flush=True)
     if global_step >= total_steps:
         print("this run is finished; a larger --total-timesteps extends it, at a higher rate")
     last_save = last_print = -math.inf
 
     with delayed_signals() as received, writer, closing_envs(simulator.envs):
-        for iteration in range(global_step // batch_size, num_iterations):
+        while global_step < total_steps:
             # --------------------------------- (a) roll out: num_steps steps in every environment
             iteration_start = time.monotonic()
             # A seed for each iteration: a resumed run begins new episodes, but draws the same noise
             # and minibatches as one that has not been stopped.
-            torch.manual_seed(make_seed("iteration", args.seed, iteration))
+            torch.manual_seed(make_seed("iteration", args.seed, global_step // batch_size))
             logs = []
             for t in range(T):
                 actor_observations[t] = observations["actor"]
@@ -558,7 +563,8 @@ def train(args):
                 step = simulator.step(actions[t])
                 observations, next_observations[t], rewards[t], *ends, valid[t] = step
                 terminations[t], truncations[t] = ends
-                total = discounts * total + torch.stack([rewards[t], rewards[t], ones]) * valid[t]
+                added = torch.stack([rewards[t], rewards[t], ones]).where(valid[t], 0.0)
+                total = discounts * total + added
                 totals[t] = total
                 total = total * ~simulator.ended
                 logs.append(simulator.info.get("log", {}) if simulator.info else {})
@@ -596,7 +602,7 @@ def train(args):
             batch = {name: x.flatten(0, 1) for name, x in batch.items()}  # each [batch_size, ...]
 
             # ---------------------------- (c) learn: epochs over shuffled minibatches (detail 6)
-            fraction = 1 - iteration / num_iterations if args.anneal_lr else 1.0
+            fraction = 1 - global_step / total_steps if args.anneal_lr else 1.0
             if args.desired_kl is None:
                 for group in optimizer.param_groups:
                     # Detail 4. A number instead of a tensor would make --compile compile again.
@@ -641,7 +647,8 @@ def train(args):
                 metrics["charts/episodic_length"] = np.mean(finished_lengths)
                 recent_returns = (recent_returns + finished_returns)[-100:]
             for name in {name: None for log in logs for name in log}:  # of the simulator, in order
-                metrics[name] = np.mean([float(log[name]) for log in logs if name in log])
+                values = [to_device(log[name]).float().mean() for log in logs if name in log]
+                metrics[name] = torch.stack(values).mean().item()
             for name, value in metrics.items():
                 writer.add_scalar(name, value, global_step)
 

@@ -154,9 +154,14 @@ class Script:
 
     def words(self, params: dict) -> list[str]:
         """These parameters as flags."""
-        words = {name: f"{self.flags[name]}={value}" for name, value in params.items()}
-        words |= {x: self.flags[x] if params[x] else self.switches[x] for x in params.keys() & self.switches.keys()}
-        return list(words.values())
+        words = []
+        for name, value in params.items():
+            flag, values = self.flags[name], str(value).split()
+            if name in self.switches:
+                words.append(flag if value else self.switches[name])
+            else:  # some flags have several values, or none
+                words += [f"{flag}={value}"] if len(values) == 1 else [flag, *values]
+        return words
 
     def command(self, task: Task) -> list[str]:
         """The command line of a run, but for the tuned flags and the seed."""
@@ -232,7 +237,10 @@ def start(command: list[str], folder: Path):
     """Start a process group in an empty folder, and end it on exit."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    options = {"cwd": folder, "env": {"OMP_NUM_THREADS": "1", **os.environ}, "start_new_session": True}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    if paths := os.environ.get("PYTHONPATH"):  # which may be relative to the current folder
+        environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))
+    options = {"cwd": folder, "env": environment, "start_new_session": True}
     with open(folder / "output.txt", "wb") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **options)
     try:

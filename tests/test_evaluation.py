@@ -111,7 +111,10 @@ def test_an_evaluation_that_ends_early(command_line, monkeypatch):
         patch.undo()
         patch.setattr(ppo, "evaluate", Mock(side_effect=KeyboardInterrupt))
         trained = command_line("--total-timesteps", 512, "--seed", 2)
-    assert result.code == trained.code == 130 and result.err == trained.err == ""
+        patch.setattr(ppo, "make_gym_env", Mock(side_effect=KeyboardInterrupt))
+        begun = command_line("--seed", 3)
+    assert result.code == trained.code == begun.code == 130 and result.err == trained.err == begun.err == ""
+    assert len(list(Path("runs").iterdir())) == 2, "a run that has not begun leaves no folder"
     monkeypatch.setattr(ppo, "SummaryWriter", Mock(side_effect=OSError(errno.EROFS, "read-only")))
     result = command_line("--evaluate", run_dir)
     assert_refused(ppo, result, "read-only")

@@ -303,6 +303,11 @@ def test_more_timesteps_extend_a_finished_run(command_line):
     assert curve["charts/learning_rate"] == [(512 * (i + 1), np.float32(1e-3 * r)) for i, r in enumerate(rates)]
     assert [step for step, _ in curve["eval/episodic_return"]] == [1024, 1024, 2048]
     assert load(run_dir)["args"]["total_timesteps"] == 2048
+    next_second()
+    result = command_line("--resume", run_dir, "--num-envs", 3, "--num-steps", 100, "--total-timesteps", 2500)
+    assert "steps 2,048 to 2,648 by 300" in result.out, "whole iterations of another size"
+    rates = curves(run_dir)["charts/learning_rate"][4:]
+    assert rates == [(2348, np.float32(1e-3 * (1 - 2048 / 2648))), (2648, np.float32(1e-3 * (1 - 2348 / 2648)))]
     assert list(Path("runs").iterdir()) == [run_dir]
 
 
@@ -386,6 +391,14 @@ def test_signal_handlers_are_restored(monkeypatch):
     assert handlers() == before
     assert load(train(total_timesteps=512))["global_step"] == 512
     signal.signal(signal.SIGINT, usual)
+
+
+def test_every_run_of_a_process_is_compiled(monkeypatch):
+    """torch compiles a function for eight runs at most, here for one."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    for seed in (1, 2):
+        train(total_timesteps=512, seed=seed, compile=True, eval_episodes=0)
 
 
 def test_training_in_a_thread():

@@ -129,7 +129,7 @@ def test_sections_and_shared_flags_are_in_the_same_order(script, other):
     ("script", "other", "most"),
     [
         ("ppo_continuous_action", "ppo", 178),
-        ("ppo_lstm", "ppo", 217),
+        ("ppo_lstm", "ppo", 218),
         ("ppo_atari", "ppo", 501),
         ("ppo_atari_multigpu", "ppo_atari", 93),
     ],

@@ -193,6 +193,14 @@ def test_defaults_that_diverge_are_a_trial_like_any_other(command_line):
     assert [trial.state for trial in trials_of("toy__Toy-v0")] == [TrialState.PRUNED] + [TrialState.COMPLETE] * 2
 
 
+def test_a_relative_pythonpath_is_that_of_the_current_folder(command_line, monkeypatch):
+    Path("beside.py").touch()
+    Path("toy.py").write_text(f"import beside\n{TOY}")
+    monkeypatch.setenv("PYTHONPATH", ".")
+    result = command_line(*toy("--n-trials", 1, *SKILL), script=tune)
+    assert result.code == 0, result.err
+
+
 def test_what_failed_at_once_is_corrected_and_the_same_study_goes_on(command_line):
     flags = toy("--n-trials", 2, *SKILL)
     assert command_line(*flags, "--", "--fail", "silent", script=tune).code == 2
@@ -403,6 +411,8 @@ def test_flags_and_defaults_are_read_from_the_help(scripts):
     assert {name: scripts["ppo"].defaults[name] for name in known} == known
     words = scripts["ppo"].words({"clip_vloss": False, "gamma": 0.9, "target_kl": None, "anneal_lr": True})
     assert words == ["--no-clip-vloss", "--gamma=0.9", "--target-kl=None", "--anneal-lr"]
+    assert scripts["ppo"].words({"env_kwargs": "a=1 b=2"}) == ["--env-kwargs", "a=1", "b=2"]
+    assert scripts["ppo"].words({"env_kwargs": ""}) == ["--env-kwargs"]
     toy = {"env_id": "Toy-v0", "seed": 1, "total_timesteps": 1000, "skill": 0.5, "delay": 0.0, "fail": "no"}
     assert scripts["toy"].defaults == toy
     text = (ROOT / "ppo.py").read_text().replace("    device: str", "    my_width: int = 64  # new\n    device: str", 1)

@@ -27,7 +27,7 @@ class Episodes:
     """Copy i plays episodes of 1 + (i + e) % 4 steps, e = 0, 1, ...; those with an even e are terminated.
 
     The observation after k steps is (e, k, i), the reward of a step 10 * e + k. The last observation of a terminated
-    episode is NaN if `nan`.
+    episode is NaN if `nan`, and so is the reward of a step that begins one.
     """
 
     def __init__(self, num_envs, kind="next step", use_torch=True, groups=False, box=False, nan=False):
@@ -45,6 +45,8 @@ class Episodes:
         return torch.stack([self.episodes, self.steps, self.copies], 1).float()
 
     def returned(self, x):
+        if self.groups == "tuple":
+            return self.out(x[:, :2].clone()), self.out(x[:, 2:].clone())
         if self.groups:
             return {"policy": self.out(x[:, :2].clone()), "critic": self.out(x.clone())}
         return self.out(x)
@@ -70,7 +72,7 @@ class Episodes:
         truncations = self.over & ~terminations
         last = self.observe()
         if self.nan:
-            last[terminations] = float("nan")
+            last[terminations] = rewards[begin] = float("nan")
         info = {}
         if self.kind.startswith("same step"):
             if "no" not in self.kind:
@@ -106,7 +108,7 @@ def samples_of(num_envs, kind, stand_in=False):
     return samples
 
 
-@pytest.mark.parametrize("groups", [False, True])
+@pytest.mark.parametrize("groups", [False, True, "tuple"])
 @pytest.mark.parametrize("use_torch", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_samples_are_what_happened(kind, use_torch, groups):
@@ -114,7 +116,7 @@ def test_samples_are_what_happened(kind, use_torch, groups):
     envs = Episodes(5, kind, use_torch, groups)
     simulator, rows = Simulator(envs, 5, torch.device("cpu")), [[] for _ in range(5)]
     observations = simulator.reset(seed=1)
-    assert [x.shape[1] for x in observations.values()] == ([2, 3] if groups else [3, 3])
+    assert [x.shape[1] for x in observations.values()] == ([2, 3] if groups is True else [3, 3])
     for _ in range(30):
         before = {name: x.clone() for name, x in observations.items()}
         step = simulator.step(torch.zeros(5, dtype=torch.int64))
@@ -357,12 +359,13 @@ def test_a_film_of_an_episode(cartpole, command_line):
         ("envpool/CartPole-v1", "envpool"),
         ("mjlab/Mjlab-Cartpole-Balance", "mjlab"),
         ("test_vector:no_such_function", "no_such_function"),
+        ("test_vector:make_faulty --env-kwargs render_mode=human", "unexpected keyword argument 'render_mode'"),
     ],
 )
 def test_wrong_ids_are_refused_in_one_line(env_id, words, command_line, monkeypatch):
     for name in ("envpool", "mjlab", "mjlab.tasks.registry"):
         monkeypatch.setitem(sys.modules, name, None)
-    code, _, err = command_line("--env-id", env_id, script=ppo_vector)
+    code, _, err = command_line("--env-id", *env_id.split(), script=ppo_vector)
     assert code == 2
     assert words in err
     assert len(err.splitlines()) == 1
