@@ -35,7 +35,7 @@ QUESTIONS = {  # folder of the variants, environments, seeds of the default, see
     "screen": ("proposals", ("LunarLander-v3", "HalfCheetah-v5", "Hopper-v5"), (201, 202), (201, 202)),
     "proposals": ("proposals", ("LunarLander-v3", "HalfCheetah-v5", "Hopper-v5", "Ant-v5"), range(1, 6), range(1, 6)),
 }
-FINALISTS = ("gradients_clipped_apart", "layer_norm", "critic_256_silu", "spo_loss")  # of the question "proposals"
+FINALISTS = ("gradients_clipped_apart", "spo_loss", "layer_norm", "advantages_each_epoch", "critic_256_silu")
 
 
 def make_variants(script: str, question: str, folder: Path) -> dict[str, tuple[Path, list[str]]]:
