@@ -213,7 +213,7 @@ def test_benchmark_command(clone, command):
         words = [sys.executable, *shlex.split(ours)[1:], "--seeds", "1", "--", *shlex.split(theirs)]
         words += ["--total-timesteps", "6000", "--eval-episodes", "1"]
     else:
-        words += ["--repeats", "1", "--total-timesteps", "2048" if "ppo_atari" in command else "8192"]
+        words += ["--repeats", "1", "--total-timesteps", "2048" if "ppo_atari" in command else "4096"]
     run(clone, words)
 
 
