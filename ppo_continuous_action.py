@@ -371,7 +371,7 @@ def train(args):
     videos = f"{run_dir}/videos/train-{int(time.time())}" if args.capture_video else None
     try:
         envs = make_envs(args, N, video_folder=videos)
-    except BaseException:
+    except BaseException:  # Ctrl-C as well
         if not args.resume:
             shutil.rmtree(run_dir)
         raise

@@ -470,7 +470,7 @@ def train(args):
     try:
         simulator = Simulator(make_envs(args, N, seed), N, device)
         observations = simulator.reset(seed)
-    except BaseException:
+    except BaseException:  # Ctrl-C as well
         if not args.resume:
             shutil.rmtree(run_dir)
         raise
