@@ -6,7 +6,8 @@
     python benchmark/ablations.py proposals --jobs 2  # the chosen ones with five others
 
 A variant is a file in benchmark/ablations/{details,proposals}/<script>: flags or a diff of the script. The same command
-continues after an interruption. Results: benchmark/results/details/<question>.{csv,md,png}.
+continues after an interruption. Results: runs/benchmark-details/<question>/results.{csv,md,png}; with --record,
+benchmark/results/details/<question>.{csv,md,png}.
 
 Requirements: pip install -r requirements.txt -r benchmark/requirements.txt
 """
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import learning
 import numpy as np
@@ -82,17 +84,16 @@ def compare(values: dict[str, list[float]]) -> dict[str, str]:
     return cells
 
 
-def write_results(question: str, values: dict[str, dict[str, list[float]]], machines: list[str]) -> None:
+def write_results(path: Path, seeds: range, values: dict[str, dict[str, list[float]]], machines: list[str]) -> None:
     """Write the values[result][variant], one per seed, as a table, a CSV and a picture."""
     columns = {result: compare(x) for result, x in values.items()}
     lines = [f"| variant | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name in dict.fromkeys(name for x in values.values() for name in x):
         lines.append(f"| {name} | {' | '.join(cells.get(name, '') for cells in columns.values())} |")
     lines += ["", "In brackets: difference to default; p of Welch's test with Holm's correction.", "", *machines, ""]
-    (learning.RESULTS / "details" / f"{question}.md").write_text("\n".join(lines))
-    with open(learning.RESULTS / "details" / f"{question}.csv", "w", newline="") as file:
+    path.with_suffix(".md").write_text("\n".join(lines))
+    with open(path.with_suffix(".csv"), "w", newline="") as file:
         rows = [[result, name, *x] for result, variants in values.items() for name, x in variants.items()]
-        seeds = QUESTIONS[question][2]
         csv.writer(file, lineterminator="\n").writerows([["result", "variant", *seeds], *rows])
     figure = Figure(figsize=(12, 8), layout="constrained")
     panels = figure.subplots(2, 2).flatten()
@@ -106,10 +107,15 @@ def write_results(question: str, values: dict[str, dict[str, list[float]]], mach
         panel.set_yticks(range(len(x)), [name.replace("_", " ") for name in x])
         panel.invert_yaxis()
         panel.set_title(result)
-    figure.savefig(learning.RESULTS / "details" / f"{question}.png", dpi=110)
+    figure.savefig(path.with_suffix(".png"), dpi=110)
 
 
-def main(question: tyro.conf.Positional[str], env_ids: tuple[str, ...] = (), jobs: int = 1) -> None:
+def main(
+    question: tyro.conf.Positional[Literal["details", "screen", "proposals"]],
+    env_ids: tuple[str, ...] = (),
+    jobs: int = 1,
+    record: bool = False,
+) -> None:
     """Train for this question in these environments (none: all), with this number of runs at the same time."""
     _, all_env_ids, default_seeds, variant_seeds = QUESTIONS[question]
     values, machines = {}, {}
@@ -133,7 +139,8 @@ def main(question: tyro.conf.Positional[str], env_ids: tuple[str, ...] = (), job
                 values.setdefault(f"{env_id}, last 100 episodes", {})[name] = [run.last_return for run in runs]
             if runs and env_id == "CartPole-v1":  # most variants end at 500
                 values.setdefault(f"{env_id}, steps to 475", {})[name] = [steps_to(run, 475) for run in runs]
-    write_results(question, values, list(machines))
+    path = learning.results_path(f"details/{question}", record)
+    write_results(path, default_seeds, values, list(machines))
 
 
 if __name__ == "__main__":

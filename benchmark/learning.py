@@ -107,6 +107,13 @@ class Run:
     eval_return: float | None  # mean over the episodes of the evaluation, if the script has one
 
 
+def results_path(name: str, record: bool) -> Path:
+    """Return the path of results without its extension, in benchmark/results/ or beside the runs."""
+    path = RESULTS / name if record else ROOT / "runs" / f"benchmark-{name}" / "results"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def describe_machine(script: Path, jobs: int) -> str:
     """Return a line with hardware, versions and the commit of the script."""
     hardware = [platform.processor() or platform.machine()]
@@ -297,14 +304,11 @@ def make_table(by_env: dict[str, list[Run]]) -> str:
 
 def write_results(args: Args, runs: list[Run], title: str, origins: list[str]) -> None:
     """Write the CSV, the picture and the table of these runs. `origins` is listed below the table."""
-    path = RESULTS / args.name if args.record else ROOT / "runs" / f"benchmark-{args.name}" / "results"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = results_path(args.name, args.record)
     by_env = {env_id: [run for run in runs if run.env_id == env_id] for env_id in dict.fromkeys(r.env_id for r in runs)}
     write_csv(Path(f"{path}.csv"), runs)
     draw(Path(f"{path}.png"), by_env, title)
-    note = (
-        "± is the sample standard deviation over the seeds; published numbers: see PUBLISHED in benchmark/learning.py."
-    )
+    note = "± is the sample standard deviation over the seeds; published numbers: PUBLISHED in benchmark/learning.py."
     report = "\n".join([make_table(by_env), "", note, "", *(f"- {line}" for line in origins)])
     Path(f"{path}.md").write_text(f"{report}\n")
     print(f"{report}\n\nwritten: {path}.csv, .png, .md")

@@ -7,7 +7,7 @@
 Solved means a mean return of 475 over 100 episodes. The commands run alternately, one at a time, on an
 otherwise idle machine. Imports count, and the cache of torch.compile is warm. PureJaxRL's compilation counts;
 "without compiling" is the same runs less the seconds that it took.
-Results: benchmark/results/speed/solved.{md,png}.
+Results: runs/benchmark-speed/solved/results.{md,png}; with --record, benchmark/results/speed/solved.{md,png}.
 
 Requirements: pip install -r requirements.txt -r benchmark/requirements.txt
 """
@@ -77,6 +77,7 @@ def main(
     cleanrl: learning.Path | None = None,
     purejaxrl: str | None = None,
     jax_python: str = sys.executable,
+    record: bool = False,
 ) -> None:
     """Run each command with these seeds, at most for `limit` seconds each, and write the results.
 
@@ -86,6 +87,7 @@ def main(
         cleanrl: A clone of CleanRL, to run it as well.
         purejaxrl: A clone of PureJaxRL, to run it as well.
         jax_python: The interpreter for it, with the requirements of purejaxrl.py.
+        record: Write the results to benchmark/results/speed.
     """
     train("ppo.py --compile --total-timesteps 5000", 1, limit)  # fills the cache
     commands = {label: (command, sys.executable) for label, command in COMMANDS.items()}
@@ -115,7 +117,8 @@ def main(
         row = f"| {label} | {len(x)} | {np.median(x):.1f} s | {x.min():.1f} s | {x.max():.1f} s | {ratio:.2f} |"
         lines.append(row.replace("inf s", "not solved"))
     lines += ["", f"- {learning.describe_machine(learning.ROOT / 'ppo.py', 1)}", ""]
-    (learning.RESULTS / "speed" / "solved.md").write_text("\n".join(lines))
+    path = learning.results_path("speed/solved", record)
+    path.with_suffix(".md").write_text("\n".join(lines))
     print("\n".join(lines))
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -129,7 +132,7 @@ def main(
     panel.set(title="CartPole-v1", xlabel="seconds since the start of the command", ylabel="mean of 100 episodes")
     panel.grid(alpha=0.3)
     panel.legend(loc="lower right", fontsize="small")
-    figure.savefig(learning.RESULTS / "speed" / "solved.png", dpi=110)
+    figure.savefig(path.with_suffix(".png"), dpi=110)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from learning import RESULTS, ROOT, describe_machine
+from learning import ROOT, describe_machine, results_path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 # Only the workers import torch: Linux counts the memory of a process at the time it starts a child as the child's, so
@@ -105,7 +105,7 @@ class Args:
     num_envs: int | None = None  # number of environments instead of the scenario's
     total_timesteps: int = 100_000  # steps of each run
     cleanrl: Path | None = None  # clone of CleanRL to measure as well, with its requirements installed in .venv
-    name: str | None = None  # name of the result, benchmark/results/speed/<name>.md; by default that of the script
+    record: bool = False  # write benchmark/results/speed/<scenario>.md instead of runs/benchmark-speed/...
 
 
 # ---------------------------------------------------------------- workers, each in its own process
@@ -262,8 +262,7 @@ def main() -> None:
         "limit: the same environments, stepped with random actions."
     )
     origin = f"- {machine}\n- `{shlex.join(['python', 'benchmark/throughput.py', *sys.argv[1:]])}`"
-    path = RESULTS / "speed" / f"{args.name or args.scenario}.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = results_path(f"speed/{args.scenario}", args.record).with_suffix(".md")
     path.write_text(f"{report}\n\n{notes}\n\n{origin}\n")
     print(f"{report}\n\n{notes}\n\n{origin}\n\nwritten: {path}")
 
