@@ -1,4 +1,4 @@
-"""Check that results still hold: does each script compute the same bits as at the commit of its result?
+"""Check that results still hold: does each script compute the same bits as at the commits of its result?
 
     python benchmark/same_bits.py returns/ppo_cartpole returns/ppo_lunarlander
     PYTHONPATH=benchmark:tests python benchmark/same_bits.py  # all results; needs tests/requirements-forks.txt
@@ -10,6 +10,7 @@ Exits with code 1 if any weight differs. Requirements: pip install -r requiremen
 import contextlib
 import importlib.util
 import io
+import itertools
 import re
 import shlex
 import subprocess
@@ -42,23 +43,26 @@ def main(names: tyro.conf.Positional[tuple[str, ...]] = ()) -> None:
     """Compare the scripts of these results, or of all."""
     different = 0
     for path in [learning.RESULTS / f"{name}.md" for name in names] or sorted(learning.RESULTS.rglob("*.md")):
-        commit = re.search(r"(\w+\.py) of commit (\w+)", path.read_text())
-        command = re.search(r"`python benchmark/learning.py (.*--seeds.*)`", path.read_text())
-        if not (commit and command and Path(learning.ROOT, commit[1]).is_file()):  # such as sb3.py, a peer
+        found = dict.fromkeys(re.findall(r"(\w+\.py) of commit (\w+)", path.read_text()))
+        command = re.search(r"`python benchmark/learning.py ((?!.*--runs).*)`", path.read_text())
+        if command is None:
             continue
         words = shlex.split(command[1])
         split = words.index("--") if "--" in words else len(words)
         args, flags = tyro.cli(learning.Args, args=words[:split]), words[split + 1 :]
-        old_source = subprocess.run(["git", "show", f"{commit[2]}:{commit[1]}"], cwd=learning.ROOT, capture_output=True)
-        with tempfile.TemporaryDirectory() as folder:
-            old_script = Path(folder, commit[1])
-            old_script.write_bytes(old_source.stdout)
-            for env_id in args.env_ids:
+        for (script, commit), env_id in itertools.product(found, args.env_ids):
+            if not Path(learning.ROOT, script).is_file():  # such as sb3.py, a peer
+                continue
+            command = ["git", "show", f"{commit}:{script}"]
+            old_source = subprocess.run(command, cwd=learning.ROOT, capture_output=True, check=True).stdout
+            with tempfile.TemporaryDirectory() as folder:
+                old_script = Path(folder, script)
+                old_script.write_bytes(old_source)
                 run_flags = ["--env-id", env_id, "--seed", str(args.seeds[0]), *flags]
                 with ProcessPoolExecutor(1, max_tasks_per_child=1) as pool:  # each in a process of its own
-                    old, new = pool.map(train, (old_script, learning.ROOT / args.script), (run_flags, run_flags))
-                different += old != new
-                print(f"{path.stem}: {env_id}, {commit[2]}: {'same bits' if old == new else 'DIFFERENT'}", flush=True)
+                    old, new = pool.map(train, (old_script, learning.ROOT / script), (run_flags, run_flags))
+            different += old != new
+            print(f"{path.stem}: {env_id}, {commit}: {'same bits' if old == new else 'DIFFERENT'}", flush=True)
     sys.exit(different > 0)
 
 
