@@ -27,14 +27,7 @@ PAGES = {name: (ROOT / name).read_text() for name in NAMES}
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMAND_PAGES = [name for name in NAMES if name != "docs/forks.md"]
 OUTSIDE = {name: FENCE.sub("", text) for name, text in PAGES.items()}  # the pages without their fenced blocks
-GAMES = [
-    "--num-envs",
-    "2",
-    "--num-steps",
-    "32",
-    "--env-kwargs",
-    "max_num_frames_per_episode=600",
-]  # short games
+GAMES = ["--num-envs", "2", "--num-steps", "32", "--env-kwargs", "max_num_frames_per_episode=600"]  # short
 SHORT = {  # each training script, and flags of a short run
     "ppo.py": [],
     "ppo_lstm.py": ["--observe", "0", "2"],
