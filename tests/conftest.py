@@ -6,6 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
+import pygame
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts
@@ -36,6 +37,20 @@ def command_line(monkeypatch, capfd):
         return Result(code, *capfd.readouterr())
 
     return call
+
+
+@pytest.fixture
+def window(monkeypatch):
+    """The pictures [width, height, 3] that are shown in pygame's window, which needs no display."""
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    shown, flip = [], pygame.display.flip
+
+    def recording_flip():
+        shown.append(pygame.surfarray.array3d(pygame.display.get_surface()))
+        flip()
+
+    monkeypatch.setattr(pygame.display, "flip", recording_flip)
+    return shown
 
 
 @pytest.fixture

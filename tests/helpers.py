@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import imageio_ffmpeg
+import numpy as np
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
@@ -115,10 +117,28 @@ def fork(name: str, *replacements: tuple[str, str], script: str = "ppo") -> Modu
         source = source.replace(old, new)
     path = Path(f"{name}.py").resolve()
     path.write_text(source)
+    return load_module(name, path)
+
+
+def load_module(name: str, path: Path) -> ModuleType:
+    """Import a file as module `name`, anew each time."""
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def as_flags(**values) -> list:
+    """Fields of Args as a command line."""
+    pairs = [(f"--{name.replace('_', '-')}", value) for name, value in values.items()]
+    return [x for flag, value in pairs for x in (flag, *(value if isinstance(value, tuple) else (value,)))]
+
+
+def frames(path: Path) -> list[np.ndarray]:
+    """The frames of a film, each [height, width, 3]."""
+    reader = imageio_ffmpeg.read_frames(str(path))
+    width, height = next(reader)["size"]
+    return [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
 
 
 def the_run() -> Path:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import (
     alive,
+    as_flags,
     assert_refused,
     curves,
     descendants,
@@ -21,7 +22,7 @@ from helpers import (
     the_run,
     train,
 )
-from test_atari_runs import SHARED, as_flags
+from test_atari_runs import SHARED
 
 import ppo_atari
 import ppo_atari_multigpu

@@ -10,13 +10,24 @@ import signal
 import sys
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
-import pygame
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
-from helpers import LOSSES, ROOT, assert_refused, curves, load, next_second, run, same_weights, the_run, train
+from helpers import (
+    LOSSES,
+    ROOT,
+    as_flags,
+    assert_refused,
+    curves,
+    frames,
+    load,
+    next_second,
+    run,
+    same_weights,
+    the_run,
+    train,
+)
 
 import ppo_atari
 
@@ -25,12 +36,6 @@ PONG = {"env_id": "ALE/Pong-v5", "num_envs": 2, "num_steps": 16, **SHORT}  # 32 
 BREAKOUT = {"env_id": "ALE/Breakout-v5", "num_envs": 4, "num_steps": 16, **SHORT}  # 64 steps per iteration
 # 4 iterations of 4 updates
 SHARED = BREAKOUT | {"total_timesteps": 256, "num_minibatches": 2, "update_epochs": 2}
-
-
-def as_flags(**values):
-    """The same for a command line."""
-    pairs = [(f"--{name.replace('_', '-')}", value) for name, value in values.items()]
-    return [x for flag, value in pairs for x in (flag, *(value if isinstance(value, tuple) else (value,)))]
 
 
 @pytest.fixture(autouse=True)
@@ -148,32 +153,22 @@ def test_a_saved_policy_is_played(command_line, monkeypatch):
     assert agent.act(agent.features(observations)).tolist() == [2] * 5
 
 
-def test_a_game_is_watched(command_line, monkeypatch):
+def test_a_game_is_watched(command_line, window):
     """The window shows the frames of the film three times as large; a film is lossy."""
-    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
-    shown, flip = [], pygame.display.flip
-
-    def noted_flip():
-        shown.append(pygame.surfarray.array3d(pygame.display.get_surface()))
-        flip()
-
-    monkeypatch.setattr(pygame.display, "flip", noted_flip)
     run_dir = train(ppo_atari, **PONG, total_timesteps=32)
     short = ("--env-kwargs", "max_num_frames_per_episode=40")
     result = command_line("--evaluate", run_dir, "--render", "--capture-video", *short, script=ppo_atari)
     assert result.code == 0
     path = run_dir / "videos" / "eval-at-32.mp4"
     assert f"film: {path}" in result.out
-    reader = imageio_ffmpeg.read_frames(str(path))
-    assert next(reader)["size"] == (160, 210)
-    frames = [np.frombuffer(frame, np.uint8).reshape(210, 160, 3) for frame in reader]
-    assert len(frames) == len(shown) == 41
-    for picture, frame in zip(shown, frames, strict=True):
-        assert picture.shape == (480, 630, 3)
+    film = frames(path)
+    assert len(film) == len(window) == 41
+    for picture, frame in zip(window, film, strict=True):
+        assert frame.shape == (210, 160, 3) and picture.shape == (480, 630, 3)
         small = picture[::3, ::3]
         assert np.array_equal(small.repeat(3, 0).repeat(3, 1), picture)
         assert np.abs(small.swapaxes(0, 1).astype(int) - frame).mean() < 10
-    assert any((shown[0] != picture).any() for picture in shown)
+    assert any((window[0] != picture).any() for picture in window)
 
 
 # ----------------------------------------------------------------------------------------- refusals

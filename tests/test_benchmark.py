@@ -1,6 +1,5 @@
 """Each ablation removes the detail of its name, learning.py resumes, same_bits.py tells equal weights from others."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -11,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, curves, load, train, wait_until
+from helpers import ROOT, curves, load, load_module, train, wait_until
 
 sys.path.append(str(ROOT / "benchmark"))
 import ablations
@@ -94,9 +93,7 @@ def test_variants(script, question, tmp_path):
     assert len(variants) >= 6
     weights, measured = {}, {}
     for name, (path, flags) in variants.items():
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = load_module(path.stem, path)
         rollouts, compute_gae = [], module.compute_gae
         module.compute_gae = lambda *x, seen=rollouts, original=compute_gae: seen.append(x) or original(*x)
         changes = vars(ppo.tyro.cli(module.Args, args=flags))

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import curves, load, same_weights, train
+from helpers import as_flags, curves, load, same_weights, train
 
 import ppo
 
@@ -60,8 +60,7 @@ def test_boards_rewards_of_one_number_and_a_default_render_mode():
 def test_a_part_that_cannot_be_flattened_is_left_out_with_one_line(observations, part, async_envs, command_line):
     """For all copies, processes and the evaluation together."""
     ppo.print_once.cache_clear()
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SHORT.items()]
-    flags += ["--env-id", "probe_envs:Spaces-v0", "--env-kwargs", f"observations={observations}"]
+    flags = as_flags(**case("Spaces", observations=observations))
     result = command_line(*flags, "--async-envs" if async_envs else "--no-async-envs")
     assert result.code == 0
     lines = [line for line in result.out.splitlines() if "left out" in line]

@@ -5,12 +5,11 @@ import shutil
 import sys
 
 import gymnasium as gym
-import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box
-from helpers import ROOT, curves, load, run, same_weights, the_run, train
+from helpers import ROOT, as_flags, curves, frames, load, run, same_weights, the_run, train
 
 import ppo_continuous_action as ppo
 
@@ -139,8 +138,7 @@ def filmed(tmp_path_factory):
         for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM", "DISPLAY", "WAYLAND_DISPLAY"):
             patch.delenv(name, raising=False)
         shutil.copy(ROOT / "ppo_continuous_action.py", "ppo_continuous_action.py")
-        flags = [text for name, value in PENDULUM.items() for text in (f"--{name.replace('_', '-')}", value)]
-        flags += ["--eval-episodes", 1, *(["--capture-video"] if EGL else [])]
+        flags = [*as_flags(**PENDULUM, eval_episodes=1), *(["--capture-video"] if EGL else [])]
         result = run(sys.executable, "ppo_continuous_action.py", *flags, PYTHONPATH="")
         assert result.code == 0, result.err
         return the_run().resolve()
@@ -159,12 +157,10 @@ def test_mujoco_is_filmed_without_a_display(filmed):
     """The first episodes of training, and one of the evaluation."""
     ((_, length),) = curves(filmed)["eval/episodic_return"]  # 1 a step, and 0 for the step at which the pole falls
     (path,) = filmed.glob("videos/eval-at-256/*.mp4")
-    reader = imageio_ffmpeg.read_frames(str(path))
-    width, height = next(reader)["size"]
-    frames = [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
-    assert len(frames) == length + 2
-    assert all(frame.std() > 5 for frame in frames), "no frame is of one colour"
-    assert any((frames[0] != frame).any() for frame in frames)
+    film = frames(path)
+    assert len(film) == length + 2
+    assert all(frame.std() > 5 for frame in film), "no frame is of one colour"
+    assert any((film[0] != frame).any() for frame in film)
     assert list(filmed.glob("videos/train-*/*episode-0.mp4"))
 
 

@@ -6,12 +6,10 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import gymnasium as gym
-import imageio_ffmpeg
 import numpy as np
-import pygame
 import pytest
 import torch
-from helpers import assert_refused, curves, load, same_weights, train
+from helpers import assert_refused, curves, frames, load, same_weights, train
 
 import ppo
 
@@ -145,13 +143,6 @@ def test_episodes_that_do_not_end_are_stopped(command_line, capfd):
     assert "stopped" not in result.out
 
 
-def frames(path):
-    """The frames of a film, each [height, width, 3]."""
-    reader = imageio_ffmpeg.read_frames(str(path))
-    width, height = next(reader)["size"]
-    return [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader]
-
-
 def assert_length(film, expected):
     """moviepy may leave out the last frame, for the rounding of its time."""
     assert len(film) in (expected - 1, expected)
@@ -218,7 +209,7 @@ def test_filming_an_environment_that_cannot_draw_is_refused(command_line, env_id
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems always have a display")
-def test_watching_an_evaluation(command_line, monkeypatch):
+def test_watching_an_evaluation(command_line, window, monkeypatch):
     """Each episode is shown in pygame's window, frame by frame. Without a display, films are recommended."""
     run_dir = train(total_timesteps=512, eval_episodes=0)
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"):
@@ -229,15 +220,8 @@ def test_watching_an_evaluation(command_line, monkeypatch):
     assert "eval/episodic_return" not in curves(run_dir)
 
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
-    shown, flip = [], pygame.display.flip
-
-    def recording_flip():
-        shown.append(pygame.surfarray.array3d(pygame.display.get_surface()))
-        flip()
-
-    monkeypatch.setattr(pygame.display, "flip", recording_flip)
     assert command_line("--evaluate", run_dir, "--render", "--capture-video", "--eval-episodes", 2).code == 0
     ((_, value),) = curves(run_dir)["eval/episodic_return"]
-    assert len(shown) == 2 * value + 2
-    assert_shows_movement(shown)
+    assert len(window) == 2 * value + 2
+    assert_shows_movement(window)
     assert not load(run_dir)["args"]["render"] and not Path(run_dir, "videos").exists()

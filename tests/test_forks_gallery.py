@@ -3,7 +3,7 @@
 Forks that need tests/requirements-forks.txt, and sections 13 and higher, run with `pytest -m forks`.
 """
 
-import importlib.util
+import importlib
 import math
 import re
 import shlex
@@ -20,7 +20,7 @@ import pytest
 import torch
 from gymnasium.envs.toy_text.taxi import TaxiEnv
 from gymnasium.spaces import Box, Dict
-from helpers import ROOT, curves, load, run, same_weights, the_run, train
+from helpers import ROOT, curves, load, load_module, run, same_weights, the_run, train
 from torch.distributions import Categorical, Normal, TanhTransform, TransformedDistribution
 
 import ppo
@@ -46,10 +46,7 @@ def fork(title: str):
         said = subprocess.run(command, input=diff, capture_output=True, text=True, check=True).stderr
         assert "Applied" in said and "offset" not in said, said
         assert 1 <= len(re.findall(r"^\+(?!\+\+ )", diff, re.MULTILINE)) <= 40
-    spec = importlib.util.spec_from_file_location(f"fork_{script}", f"{script}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(f"fork_{script}", Path(f"{script}.py"))
 
 
 def marks(title: str):

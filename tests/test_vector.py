@@ -11,7 +11,7 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from gymnasium.vector import AutoresetMode
-from helpers import assert_refused, curves, load, next_second, same_weights
+from helpers import as_flags, assert_refused, curves, load, next_second, same_weights
 from torch.distributions import Categorical, Normal
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -242,8 +242,7 @@ def test_log_probabilities_and_entropies(box):
 def test_nothing_is_learned_from_rows_that_are_no_samples(kind, box, command_line):
     """The last observations of terminated episodes are NaN: with the next step, they are in the rollout."""
     kwargs = ("--env-kwargs", f"kind='{kind}'", f"box={box}", "nan=True")
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    result = command_line(*flags, *kwargs, script=ppo_vector)
+    result = command_line(*as_flags(**SMALL), *kwargs, script=ppo_vector)
     assert result.code == 0, result.err
     (run_dir,) = Path("runs").iterdir()
     assert all(x.isfinite().all() for x in load(run_dir)["agent"].values())
