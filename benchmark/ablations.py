@@ -106,7 +106,7 @@ def write_results(path: Path, seeds: range, values: dict[str, dict[str, list[flo
             panel.plot(np.mean(points), row, "|", color="black", markersize=16)
         panel.set_yticks(range(len(x)), [name.replace("_", " ") for name in x])
         panel.invert_yaxis()
-        panel.set_title(result)
+        panel.set_xlabel(result)
     figure.savefig(path.with_suffix(".png"), dpi=110)
 
 
@@ -136,7 +136,8 @@ def main(
             runs = [learning.read_run(env_id, job.seed, job.folder) for job in done]
             machines |= dict.fromkeys(job.finished.read_text() for job in done)
             if runs:
-                values.setdefault(f"{env_id}, last 100 episodes", {})[name] = [run.last_return for run in runs]
+                result = f"{env_id}, return of the last 100 episodes"
+                values.setdefault(result, {})[name] = [run.last_return for run in runs]
             if runs and env_id == "CartPole-v1":  # most variants end at 500
                 values.setdefault(f"{env_id}, steps to 475", {})[name] = [steps_to(run, 475) for run in runs]
     path = learning.results_path(f"details/{question}", record)

@@ -53,8 +53,8 @@ def main(names: tyro.conf.Positional[tuple[str, ...]] = ()) -> None:
         for (script, commit), env_id in itertools.product(found, args.env_ids):
             if not Path(learning.ROOT, script).is_file():  # such as sb3.py, a peer
                 continue
-            command = ["git", "show", f"{commit}:{script}"]
-            old_source = subprocess.run(command, cwd=learning.ROOT, capture_output=True, check=True).stdout
+            show = ["git", "show", f"{commit}:{script}"]
+            old_source = subprocess.run(show, cwd=learning.ROOT, capture_output=True, check=True).stdout
             with tempfile.TemporaryDirectory() as folder:
                 old_script = Path(folder, script)
                 old_script.write_bytes(old_source)

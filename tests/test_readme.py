@@ -60,9 +60,9 @@ def script_of(command: str) -> str:
     return next((word for word in command.split() if word in SHORT and "--script" not in command), "")
 
 
-def first_of_each_script() -> set[str]:
+def first_of_each_script() -> list[str]:
     """The first command of each script that needs no run: the one that is tested in a process of its own."""
-    return {script_of(command): command for command in reversed(TRAIN) if "RUN" not in command}.values()
+    return [*{script_of(command): command for command in reversed(TRAIN) if "RUN" not in command}.values()]
 
 
 INSTALL = [command for command in commands() if "pip install" in command]
